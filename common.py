@@ -112,7 +112,7 @@ def _torchvision_cifar(name, data_dir, npz):
             for letter, array in (("x", part.data), ("y", np.array(part.targets)))}
 
 
-def synthetic(n_train=5000, n_test=2000, seed=0):
+def synthetic(n_train=5000, n_test=1000, seed=0):
     """Ten classes of 32×32 images whose strong cue is fragile and whose faint cues are not (Tsipras et al. 2019).
 
     Each image is grey noise plus a colour of large amplitude, right 80 % of the time, plus three class textures with
@@ -183,6 +183,14 @@ def steps_per_epoch(n, batch_size):
 # -------------------------------------------------------------------------------------------------------- models
 
 
+def conv_bn(conv, bn, x):
+    """bn(conv(x)), conv without bias; in eval mode one convolution, with the BatchNorm folded into its weights."""
+    if bn.training:
+        return bn(conv(x))
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    return F.conv2d(x, conv.weight * scale.view(-1, 1, 1, 1), bn.bias - bn.running_mean * scale, conv.stride, conv.padding)
+
+
 class _Block(nn.Module):
     """Pre-activation basic block of a WideResNet (Zagoruyko & Komodakis 2016)."""
 
@@ -198,7 +206,7 @@ class _Block(nn.Module):
     def forward(self, x):
         out = F.relu(self.bn1(x), inplace=True)
         shortcut = self.convShortcut(out) if hasattr(self, "convShortcut") else x
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True))
+        return shortcut + self.conv2(F.relu(conv_bn(self.conv1, self.bn2, out), inplace=True))
 
 
 class _DenseLayer(nn.Module):
@@ -212,8 +220,8 @@ class _DenseLayer(nn.Module):
         self.conv2 = nn.Conv2d(4 * growth_rate, growth_rate, 3, padding=1, bias=False)
 
     def forward(self, x):
-        out = self.conv1(F.relu(self.bn1(x), inplace=True))
-        return torch.cat([x, self.conv2(F.relu(self.bn2(out), inplace=True))], 1)
+        out = conv_bn(self.conv1, self.bn2, F.relu(self.bn1(x), inplace=True))
+        return torch.cat([x, self.conv2(F.relu(out, inplace=True))], 1)
 
 
 class _Transition(nn.Module):
@@ -556,22 +564,26 @@ def predict(model, x):
 def local_lipschitzness(model, x, *, eps, step_size, steps, batch_size=128, seed=0):
     """Mean over uint8 images x of max over x̂ in the ε-ball of ‖f(x) - f(x̂)‖₁ / ‖x - x̂‖∞, f the logits.
 
-    The definition of Yang et al. 2020 that the paper uses. The maximum is searched by signed gradient ascent on the
-    ratio itself from a uniform start, and the largest ratio met counts: a lower bound. Units: logits per pixel range.
+    The definition of Yang et al. 2020 that the paper uses, in float32. The maximum is searched by signed gradient ascent
+    on the ratio itself, and the largest ratio met counts: a lower bound. Which classes' logits rise and which fall makes
+    many local maxima, so four random starts, one of them close to x, share the steps; each step can cross the ball, as
+    all of them together would in an attack. Units: logits per pixel range.
     """
     largest = []
-    with fixed_seed(seed, x.device), attack_mode(model), torch.enable_grad():
+    with fixed_seed(seed, x.device), attack_mode(model), exact_precision(model), torch.enable_grad():
         for images, _, n in padded_batches(x, x[:, 0, 0, 0], batch_size):
-            clean = model(images).detach()
-            x_hat, best = perturb_start(images, "uniform", eps, "linf").clamp_(0, 1), torch.zeros(len(images)).to(x.device)
-            for _ in range(steps + 1):
-                x_hat.requires_grad_()
-                distance = (x_hat - images).abs().amax((1, 2, 3))
-                ratio = (model(x_hat) - clean).abs().sum(1) / distance
-                gradient, = torch.autograd.grad(ratio.sum(), x_hat)
-                with torch.no_grad():
-                    best = torch.maximum(best, ratio.nan_to_num(0))
-                    x_hat = project(x_hat + step_size * gradient.nan_to_num(0).sign(), images, eps, "linf")
+            clean, best = model(images).detach(), torch.zeros(len(images), device=x.device)
+            for radius in (eps, eps, eps, eps / 10):
+                x_hat = project(perturb_start(images, "uniform", radius, "linf"), images, radius, "linf")
+                for _ in range(math.ceil(steps / 4) + 1):
+                    x_hat.requires_grad_()
+                    distance = (x_hat - images).abs().amax((1, 2, 3))
+                    ratio = (model(x_hat) - clean).abs().sum(1) / distance
+                    gradient, = torch.autograd.grad(ratio.sum(), x_hat)
+                    with torch.no_grad():
+                        best = torch.maximum(best, ratio.nan_to_num(0))
+                        stride = steps * step_size * radius / eps
+                        x_hat = project(x_hat + stride * gradient.nan_to_num(0).sign(), images, radius, "linf")
             largest.append(best[:n])
     return torch.cat(largest).mean().item()
 
@@ -692,7 +704,7 @@ def _run_folder(parser, args):
     return str(Path("runs") / name)
 
 
-MAY_CHANGE = {"out", "data_dir", "device"}  # settings that a resumed run may have otherwise
+MAY_CHANGE = {"out", "data_dir", "device", "workers", "on_bad_image", "restarts"}  # a resumed run may have them otherwise
 
 
 class Run:
@@ -707,8 +719,8 @@ class Run:
         run.finish(data)
     """
 
-    def __init__(self, args, model, optimizer):
-        self.args, self.model, self.optimizer = args, model, optimizer
+    def __init__(self, args, model, optimizer, recorded=("natural_risk", "robust_regularization", "lipschitz")):
+        self.args, self.model, self.optimizer, self.recorded = args, model, optimizer, recorded
         self.device = next(model.parameters()).device
         self.folder = Path(args.out)
         self.settings = {key: value for key, value in vars(args).items() if key != "out"}
@@ -751,9 +763,10 @@ class Run:
         """The epochs still to do, counted from 1."""
         return range(self.epoch + 1, self.args.epochs + 1)
 
-    def watch(self, stream, size):
+    def watch(self, stream, size, batch_size=None):
         """Pass on the batches of an epoch of `size` images, show progress, then check every recorded number."""
         self.history, self.images, self.latest = [], 0, None
+        self.steps = steps_per_epoch(size, batch_size or self.args.batch_size)
         self.began = shown = time.perf_counter()
         for x, y in stream:
             yield x, y
@@ -773,20 +786,24 @@ class Run:
                             f"a smaller --lr or --beta may help")
         self.means = history.mean(0).tolist()
 
-    def record(self, natural_risk, robust_regularization, lipschitz):
-        """Note a step's means, scalars on the device; they are read back later, so nothing waits here."""
-        self.history.append(torch.stack([natural_risk, robust_regularization, lipschitz]).detach().float())
+    def record(self, *means):
+        """Note a step's means, named by `recorded`, scalars on the device; read back later, so nothing waits here."""
+        self.history.append(torch.stack(means).detach().float())
+
+    def _risks(self, means):
+        return "  ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in zip(self.recorded, means)
+                         if name != "lipschitz")
 
     def _progress(self, size):
         rate = self.images / (time.perf_counter() - self.began)
         left = (size * (self.args.epochs - self.epoch) - self.images) / rate
         risks, self.latest = self.latest, torch.stack(self.history).mean(0).to("cpu", non_blocking=True)
-        shown = f"  natural risk {risks[0]:.3f}  robust reg. {risks[1]:.4f}" if risks is not None else ""
-        return (f"epoch {self.epoch + 1}/{self.args.epochs}  step {len(self.history)}/"
-                f"{steps_per_epoch(size, self.args.batch_size)}  {rate:.0f} images/s  {duration(left)} left{shown}")
+        shown = f"  {self._risks(risks)}" if risks is not None else ""
+        return (f"epoch {self.epoch + 1}/{self.args.epochs}  step {len(self.history)}/{self.steps}  "
+                f"{rate:.0f} images/s  {duration(left)} left{shown}")
 
     def end_epoch(self, lr, data):
-        """Monitor, add a line to the log, write the checkpoint (and best.pt)."""
+        """Monitor, then `save_epoch`."""
         epoch = self.epoch + 1
         metrics = dict.fromkeys(("natural_accuracy", "robust_accuracy", "perturbation_stability"))
         if epoch % self.args.eval_every == 0 or epoch == self.args.epochs:
@@ -794,9 +811,14 @@ class Run:
             metrics = evaluate(self.model, data.x_test[some], data.y_test[some], eps=self.args.eps,
                                batch_size=self.args.batch_size, **MONITOR_ATTACK)
             del metrics["n"]
-        best = max((entry["robust_accuracy"] or 0 for entry in self.log), default=-1)
+        self.save_epoch(lr, metrics)
+
+    def save_epoch(self, lr, metrics):
+        """Add a line to the log, `metrics` (the three and any others) in it; write the checkpoint (and best.pt)."""
+        epoch = self.epoch + 1
+        monitored = [entry["robust_accuracy"] for entry in self.log if entry["robust_accuracy"] is not None]
         entry = {"epoch": epoch, "lr": lr, "beta": self.args.beta,
-                 **dict(zip(("natural_risk", "robust_regularization", "lipschitz"), self.means)), **metrics,
+                 **dict(zip(self.recorded, self.means)), **metrics,
                  "images_per_second": round(self.images / self.train_seconds, 1),
                  "seconds": round(time.perf_counter() - self.began, 2)}
         self.log.append(entry)
@@ -808,13 +830,13 @@ class Run:
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        if (entry["robust_accuracy"] or -1) > best:
+        if entry["robust_accuracy"] is not None and entry["robust_accuracy"] > max(monitored, default=-1):
             write_file(self.folder / "best.pt", content.getbuffer())
         write_file(self.folder / "last.pt", content.getbuffer())
         self.epoch = epoch
-        say(f"epoch {epoch}/{self.args.epochs}  lr {lr:.4g}  natural risk {self.means[0]:.3f}  "
-            f"robust reg. {self.means[1]:.4f}  {describe(metrics)}  {entry['images_per_second']:.0f} images/s  "
-            f"{duration(entry['seconds'])}  {duration(entry['seconds'] * (self.args.epochs - epoch))} left")
+        say(f"epoch {epoch}/{self.args.epochs}  lr {lr:.4g}  {self._risks(self.means)}  {describe(metrics)}  "
+            f"{entry['images_per_second']:.0f} images/s  {duration(entry['seconds'])}  "
+            f"{duration(entry['seconds'] * (self.args.epochs - epoch))} left")
 
     def finish(self, data):
         """The full test metrics of the last epoch's weights: into metrics.json, or out of it if they are there."""
@@ -859,6 +881,8 @@ def write_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); what it held before is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 
