@@ -112,25 +112,32 @@ def _torchvision_cifar(name, data_dir, npz):
             for letter, array in (("x", part.data), ("y", np.array(part.targets)))}
 
 
-def synthetic(n_train=5000, n_test=1000, seed=0):
-    """Ten classes of 32×32 images whose strong cue is fragile and whose faint cues are not (Tsipras et al. 2019).
+def synthetic(n_train=5000, n_test=500, seed=0):
+    """Ten classes of 32×32 images: a bold cue that is only sometimes right, faint ones that are (Tsipras et al. 2019).
 
-    Each image is grey noise plus a colour of large amplitude, right 80 % of the time, plus three class textures with
-    amplitudes on both sides of ε = 0.031, each drawn with its own sign reliability. Plain training uses the faint
-    textures and has no robustness; the larger β, the more of them a network gives up. Returns arrays as an .npz.
+    On grey noise lie a square of one of ten colours, amplitude 0.25 and right 80 % of the time, and two class textures:
+    one fainter than ε = 0.031 and always right, one a little stronger than ε and right 90 % of the time. Plain training
+    lives on the first texture and is not robust at all; the larger β, the more a network relies on the square. Returns
+    the arrays of an .npz (`load_data`).
     """
     rng = np.random.default_rng(seed)
-    colours = rng.uniform(-1, 1, (10, 1, 1, 3))
-    colours /= np.abs(colours).max(axis=3, keepdims=True)
-    textures = rng.choice([-1.0, 1.0], (3, 10, 8, 8, 3)).repeat(4, axis=2).repeat(4, axis=3)  # 4×4-pixel checks
+    corners = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3), -1).reshape(27, 3)
+    colours = rng.permutation(corners[corners.any(1)])[:10]                                    # [10, 3]
+    tiles = rng.choice([-1.0, 1.0], (2, 10, 4, 2, 3))
+    textures = np.tile(np.concatenate([tiles, tiles[:, :, :, ::-1]], 3), (8, 8, 1))            # mirror-symmetric
 
     def split(n):
         y = rng.integers(0, 10, n)
-        shown = np.where(rng.random(n) < 0.8, y, rng.integers(0, 10, n))
-        x = 0.5 + 0.25 * colours[shown] + rng.normal(0, 0.05, (n, 32, 32, 3))
-        for amplitude, right, texture in zip((0.02, 0.04, 0.06), (1.0, 0.7, 0.6), textures):
-            shown = np.where(rng.random(n) < right, y, rng.integers(0, 10, n))
-            x += amplitude * texture[shown]
+
+        def shown(right):  # the class that a cue shows
+            return np.where(rng.random(n) < right, y, rng.integers(0, 10, n))
+
+        x = 0.5 + rng.normal(0, 0.02, (n, 32, 32, 3))
+        for amplitude, right, texture in zip((0.025, 0.045), (1.0, 0.9), textures):
+            x += amplitude * texture[shown(right)]
+        (top, left), pixel = rng.integers(4, 17, (2, n, 1)), np.arange(32)
+        rows, columns = (pixel >= top) & (pixel < top + 12), (pixel >= left) & (pixel < left + 12)
+        x += (rows[:, :, None] & columns[:, None, :])[..., None] * 0.25 * colours[shown(0.8)][:, None, None, :]
         return np.uint8(np.clip(x, 0, 1) * 255 + 0.5), y
 
     x_train, y_train = split(n_train)
@@ -564,10 +571,10 @@ def predict(model, x):
 def local_lipschitzness(model, x, *, eps, step_size, steps, batch_size=128, seed=0):
     """Mean over uint8 images x of max over x̂ in the ε-ball of ‖f(x) - f(x̂)‖₁ / ‖x - x̂‖∞, f the logits.
 
-    The definition of Yang et al. 2020 that the paper uses, in float32. The maximum is searched by signed gradient ascent
-    on the ratio itself, and the largest ratio met counts: a lower bound. Which classes' logits rise and which fall makes
-    many local maxima, so four random starts, one of them close to x, share the steps; each step can cross the ball, as
-    all of them together would in an attack. Units: logits per pixel range.
+    The definition of Yang et al. 2020 that the paper uses, in float32. The largest ratio met counts: a lower bound. At a
+    fixed distance the ratio rises with its numerator, so signed gradient ascent follows that and stays at the distance:
+    its steps cross the ball, from corner to corner. Which logits rise and which fall makes many local maxima, so four
+    random starts, one of them close to x, share the steps. Units: logits per pixel range.
     """
     largest = []
     with fixed_seed(seed, x.device), attack_mode(model), exact_precision(model), torch.enable_grad():
@@ -577,13 +584,12 @@ def local_lipschitzness(model, x, *, eps, step_size, steps, batch_size=128, seed
                 x_hat = project(perturb_start(images, "uniform", radius, "linf"), images, radius, "linf")
                 for _ in range(math.ceil(steps / 4) + 1):
                     x_hat.requires_grad_()
-                    distance = (x_hat - images).abs().amax((1, 2, 3))
-                    ratio = (model(x_hat) - clean).abs().sum(1) / distance
-                    gradient, = torch.autograd.grad(ratio.sum(), x_hat)
+                    rise = (model(x_hat) - clean).abs().sum(1)
+                    gradient, = torch.autograd.grad(rise.sum(), x_hat)
                     with torch.no_grad():
-                        best = torch.maximum(best, ratio.nan_to_num(0))
+                        best = torch.maximum(best, (rise / (x_hat - images).abs().amax((1, 2, 3))).nan_to_num(0))
                         stride = steps * step_size * radius / eps
-                        x_hat = project(x_hat + stride * gradient.nan_to_num(0).sign(), images, radius, "linf")
+                        x_hat = project(x_hat + stride * gradient.sign(), images, radius, "linf")
             largest.append(best[:n])
     return torch.cat(largest).mean().item()
 

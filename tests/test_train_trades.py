@@ -281,3 +281,16 @@ def test_every_script_trains_on_cifar100(cifar100, tmp_path, script, arch, width
     assert metrics["n"] == 50 and 0 <= metrics["robust_accuracy"] <= metrics["natural_accuracy"] < 0.2
     assert common.read_checkpoint(out / "last.pt")["model"]["fc.weight"].shape[0] == 100
     assert np.log(100) - 1 < json.loads((out / "log.jsonl").read_text())["natural_risk"] < np.log(100) + 2
+
+
+@pytest.mark.parametrize("beta, steps", [(0, 0), (6, 3)])
+def test_synthetic_data_trade_natural_for_robust_accuracy(tmp_path, beta, steps):
+    train_trades.main(["--dataset", "synthetic", "--train-size", "1600", "--depth", "10", "--width", "1", "--epochs", "4",
+                       "--batch-size", "32", "--schedule", "cosine", "--beta", str(beta), "--steps", str(steps),
+                       "--step-size", "0.015", "--eval-every", "4", "--eval-size", "50", "--out", str(tmp_path / "run")])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    if beta == 0:  # plain training lives on the texture that is always right, and that any attack can erase
+        assert metrics["natural_accuracy"] > 0.9 and metrics["robust_accuracy"] < 0.05
+        assert metrics["perturbation_stability"] < 0.3
+    else:
+        assert metrics["robust_accuracy"] > 0.5 and metrics["perturbation_stability"] > 0.7
