@@ -111,10 +111,10 @@ def load(file, args, device):
         mean, std = state.pop("0.mean").flatten().tolist(), state.pop("0.std").flatten().tolist()
         state = {key.removeprefix("1."): value for key, value in state.items()}
 
-    settings = saved.get("args", {}) if isinstance(saved, dict) else {}
+    network = {key: getattr(args, key) or value for key, value in architecture(state, file).items()}
+    settings = saved.get("args", {})
     dataset = args.dataset or settings.get("dataset", "cifar10")
     data = load_data(dataset, args.data_dir or settings.get("data_dir", "data"), device)
-    network = {key: getattr(args, key) or value for key, value in architecture(state, file).items()}
     network["classes"] = args.classes or data.classes
     if network["classes"] < data.classes:
         raise UserError(f"--classes {args.classes}: {dataset} has {data.classes}")
@@ -122,7 +122,8 @@ def load(file, args, device):
     common.load_weights(model, state, file)
     common.execute(model, device, args.precision, args.compile)
     if mean or std:
-        mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (mean or [0.0] * 3, std or [1.0] * 3))
+        mean, std = mean or [0.0] * 3, std or [1.0] * 3
+        mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (mean, std))
         model.register_forward_pre_hook(lambda _, inputs: ((inputs[0] - mean) / std,))
     kept = {key: settings.get(key) for key in ("method", "beta", "seed")}
     return model, data, {"dataset": dataset, **network, **kept, "epoch": saved.get("epoch")}
@@ -224,7 +225,7 @@ def evaluate(model, x, y, name, args):
         runs.append({**common.three_metrics(y, natural, adversarial), "label_free_stability": stability})
         points["adversarial"].append(adversarial)
         points["label_free"].append(label_free)
-    metrics = {**settings, "seeds": args.seeds, "n": len(y)}
+    metrics = {**settings, "attack_seed": args.seed, "seeds": args.seeds, "n": len(y)}
     for key in METRICS:
         values = [run[key] for run in runs]
         metrics[key] = sum(values) / len(values)
@@ -238,11 +239,11 @@ def evaluate_all(args, results, points):
     """Append to `results` and `points` for each path and attack, and write the files asked for after each."""
     device = common.pick_device(args.device)
     args.precision = common.pick_precision(args.precision, device)
-    located = [(path, locate(Path(path))) for path in args.paths]
+    located = [(path, locate(Path(path))) for path in args.paths if args.attack or path.endswith(".json")]
     for path, file in located:
         if file.suffix == ".json":
             results.extend(earlier_results(file))
-        elif args.attack:
+        else:
             model, data, facts = load(file, args, device)
             chosen = torch.randperm(len(data.x_test), generator=torch.Generator().manual_seed(0))[:args.eval_size]
             chosen = chosen if args.eval_size else torch.arange(len(data.x_test))
@@ -250,8 +251,9 @@ def evaluate_all(args, results, points):
             lipschitz = {}
             if args.lipschitz_size:
                 radius = args.eps if args.norm == "linf" else EPS["linf"]
+                some = x[:args.lipschitz_size]
                 lipschitz = {"local_lipschitzness": common.local_lipschitzness(
-                    model, x[:args.lipschitz_size], eps=radius, batch_size=args.batch_size, **common.REPORT_ATTACK)}
+                    model, some, eps=radius, batch_size=args.batch_size, **common.REPORT_ATTACK), "lipschitz_n": len(some)}
             for name in args.attack:
                 began = time.perf_counter()
                 metrics, outcome = evaluate(model, x, y, name, args)
@@ -311,8 +313,8 @@ def text_table(table):
     titles = [title.rpartition(" ") for title in table[0]]
     lines = [[first for first, _, _ in titles], [last for _, _, last in titles], *table[1:]]
     widths = [max(map(len, cells)) for cells in zip(*lines)]
-    return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
-                     for line in lines)
+    formats = [f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths)]  # the model's name to the left
+    return "\n".join("  ".join(formats).format(*line) for line in lines)
 
 
 def markdown_table(table):
@@ -354,7 +356,7 @@ def write_results(args, results, points):
         common.write_file(args.csv, csv_table(results).encode())
     if args.markdown:
         common.write_file(args.markdown, markdown_table(grid(results)).encode())
-    if args.save_points:
+    if args.save_points and points:
         arrays = {key: np.array([entry[key] for entry in points]) for key in ("path", "attack")}
         for i, entry in enumerate(points):  # label_0 [n], adversarial_0 [seeds, n], ...: of path[0] under attack[0]
             arrays.update({f"{key}_{i}": value.cpu().numpy() for key, value in entry.items() if key not in arrays})
@@ -403,14 +405,15 @@ def draw(path, figure_of, height, *content):
     matplotlib = optional("matplotlib", "--plot")
     optional("matplotlib.figure", "--plot")
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.labelsize": 8, "axes.linewidth": 0.6,
-             "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False, "lines.linewidth": 1.2}
+             "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False,
+             "lines.linewidth": 1.2}
     with matplotlib.rc_context(style):
         figure = matplotlib.figure.Figure(figsize=(WIDTH, height), layout="constrained")
         figure_of(figure, *content)
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=300)
     common.write_file(path, image.getbuffer())
-    say(f"{path}")
+    say(str(path))
 
 
 def schedules_figure(figure):
@@ -446,7 +449,8 @@ def width_figure(figure, rows, attack):
     betas = sorted({row["beta"] for row in rows})
     for axes, key in zip(panels, METRICS):
         for i, beta in enumerate(betas):
-            colour, marker, shift = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], 1 + 0.02 * i  # intervals side by side
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            shift = 1 + 0.02 * i  # so that intervals stand side by side
             line = sorted((row for row in rows if row["beta"] == beta), key=lambda row: row["width"])
             low, high = zip(*(row[f"{key}_ci"] for row in line))
             value = np.array([row[key] for row in line])
@@ -488,11 +492,13 @@ def main(argv):
     try:
         evaluate_all(args, results, points)
     except KeyboardInterrupt:
-        kept = ", ".join(file for file in (args.json, args.csv, args.markdown, args.save_points) if file)
-        raise KeyboardInterrupt(f"after {len(points)} evaluations" + (f", kept in {kept}" if kept and points else "")) from None
+        files = ", ".join(file for file in (args.json, args.csv, args.markdown, args.save_points) if file and points)
+        raise KeyboardInterrupt(f"after {len(points)} evaluations" + (f", kept in {files}" if files else "")) from None
     finally:
         if results:
             say(text_table(grid(results)))
+    if results:
+        write_results(args, results, points)  # earlier results alone can be joined and written too
     if args.plot:
         plot(args, results)
 

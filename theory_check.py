@@ -15,12 +15,12 @@ B(x, ε); W after adversarial training in B(R); the worst W found in B(R), both 
 first are measured within the radius the lemma allows, half of it ε and half R/√m, and at each pair of --eps and
 --radius. What a search finds is a lower bound of the largest there is.
 
-m is swept at the middle one of --depths, H at the middle one of --widths (of two, the smaller). An exponent is the slope
-of log(median ‖∇ₓf‖₂ over the points) against log m or log H, fitted for each seed alone; its interval is Student's 95 %
-interval over seeds, each of which draws new weights and new points. A verdict says that ‖∇f‖ outgrew √m or √H where
-that interval lies above 0.5. A finite width bends the powers, by about H/m: from m = 64 on, 100 seeds give
-0.52 [0.51, 0.53] for the fan-in regime where theory has 0.5. All is float64, because the radius that the lemma allows
-can be as small as 1e-10.
+m is swept at the middle one of --depths, H at the middle one of --widths (of two, the smaller). An exponent is the
+slope of log(median ‖∇ₓf‖₂ over the points) against log m or log H, fitted for each seed alone; its interval is
+Student's 95 % interval over seeds, each of which draws new weights and new points. A verdict says that ‖∇f‖ outgrew
+√m or √H where that interval lies above 0.5. A finite width bends the powers, by about H/m: from m = 64 on, 100 seeds
+give 0.52 [0.51, 0.53] for the fan-in regime, where theory has 0.5. All is float64, because the radius that the lemma
+allows can be as small as 1e-10.
 """
 import contextlib
 import io

@@ -221,7 +221,7 @@ def image_seed(seed, i):
 def fgsm(model, x, y, eps):
     """(x̂, ‖gradient‖₁ [N]): one step of 1.25·ε along the gradient's sign, from a uniform start.
 
-    x and x̂ [N, 3, H, W]; both the start and x̂ lie in the ε-ball and in [0, 1]. The model runs in the mode it is in, its
+    x, x̂ [N, 3, H, W]; the start and x̂ lie in the ε-ball and in [0, 1]. The model runs in the mode that it is in, its
     parameters frozen by the caller.
     """
     x_start = project(perturb_start(x, "uniform", eps, "linf"), x, eps, "linf").requires_grad_()
@@ -343,7 +343,7 @@ def parse(argv):
     add("--batch-sizes", type=integer(), default=[phase.batch_size for phase in PHASES], **phases,
         help="each phase's images a step")
     add("--lr", type=number(above=True), default=PEAK_LR, help="peak of the learning rate; the lines scale with it")
-    add("--eps", type=number(0, 1), default=2 / 255, help="ℓ∞ radius of the attacks, in pixel range [0, 1]; 4/255 works")
+    add("--eps", type=number(0, 1), default=2 / 255, help="ℓ∞ radius of the attacks, in pixel range [0, 1]; 4/255 too")
     add("--beta", type=number(), default=1.0, help="λ of the paper; 1: plain Fast AT, others: App. D")
     add("--train-size", type=integer(), metavar="N", help="train on a random subset of N images, drawn with --seed")
     add("--eval-size", type=integer(), default=5000, metavar="N", help="validation images to test after each epoch")

@@ -4,6 +4,7 @@
     python tests/benchmark.py --networks wrn-34-1 densenet-40-12 --methods trades at awp --executions auto fp32-off
     python tests/benchmark.py --rival ../TRADES                            # a checkout of yaodongyu/TRADES beside ours
     python tests/benchmark.py --methods awp --rival ../AWP                 # ... of csdongxian/AWP
+    python tests/benchmark.py --methods trades at --rival ../A-temp-project  # ... of the paper's code, tabrisweapon
 
 Ours is the loop of the training script itself, fed through a stopwatch in place of its run folder. A rival's step is its
 own code, loaded from the checkout, in float32 as it is released; after each step of ours comes one of the rival's, on
@@ -123,10 +124,13 @@ class Stopwatch(common.Run):
 class Rival:
     """A public release's training step on one of its networks, or on our DenseNet where it has none."""
 
-    def __init__(self, path, network, classes, device, attack_steps, eps, step_size, beta):
+    def __init__(self, path, method, network, classes, device, attack_steps, eps, step_size, beta):
         if device.type == "cpu":  # the releases call .cuda() throughout
             torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
         folder = path / "trades_AWP" if (path / "trades_AWP").is_dir() else path
+        is_paper = (path / "attacks").is_dir()
+        if method not in (("awp",) if folder != path else ("trades", "at") if is_paper else ("trades",)):
+            raise common.UserError(f"--rival {path} has no training step for --methods {method}")
         sys.path.insert(0, str(folder))
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         arch, depth, width = network
@@ -139,12 +143,14 @@ class Rival:
         self.model = build()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9, weight_decay=2e-4)
         if folder == path:
-            trades = importlib.import_module("trades")
+            name, function = ("attacks.pgd", "madry_loss") if method == "at" else ("trades", "trades_loss")
+            loss_of = getattr(importlib.import_module("attacks.trades" if is_paper and method == "trades" else name), function)
 
             def step(x, y):
                 self.optimizer.zero_grad()
-                trades.trades_loss(model=self.model, x_natural=x, y=y, optimizer=self.optimizer, step_size=step_size,
-                                   epsilon=eps, perturb_steps=attack_steps, beta=beta).backward()
+                loss = loss_of(model=self.model, x_natural=x, y=y, optimizer=self.optimizer, step_size=step_size,
+                               epsilon=eps, perturb_steps=attack_steps, beta=beta)
+                (loss[0] if is_paper else loss).backward()
                 self.optimizer.step()
             self.step = step
         else:
@@ -184,7 +190,7 @@ def measure(method, network, execution, args, device, peak):
     eps, step_size, beta = (defaults.get_default(name) for name in ("eps", "step_size", "beta"))
     Stopwatch.repeats, Stopwatch.warmup, Stopwatch.rival = args.repeats, args.warmup, None
     if args.rival:
-        Stopwatch.rival = Rival(args.rival, network, 10, device, args.steps, eps, step_size, beta)
+        Stopwatch.rival = Rival(args.rival, method, network, 10, device, args.steps, eps, step_size, beta)
     argv = ["--dataset", "noise", "--data-dir", args.folder, "--arch", arch, "--depth", depth, "--width", width,
             "--batch-size", args.batch_size, "--steps", args.steps, "--device", device, "--precision", precision,
             "--compile", compiled or "auto"]
@@ -258,4 +264,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.launch(lambda argv: main())

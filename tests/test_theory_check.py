@@ -285,8 +285,8 @@ def test_a_missing_matplotlib_is_named(monkeypatch, tmp_path):
     (["--search-seeds", "1"], "--search-seeds"), (["--points", "x"], "--points"), (["--eps", "-0.1"], "--eps"),
     (["--radius", "nan"], "--radius"), (["--eps", "0.1", "1"], "as many"), (["--c", "0"], "--c"),
     (["--device", "nowhere"], "--device"), (["--images", "nothing"], "nothing"),
-    (["--json", "missing/r.json"], "missing"),
-    (["--plot", "plot.txt"], ".png"), (["--widths", "8", "9000000000"], "memory"), (["--nonsense"], "--nonsense")])
+    (["--json", "missing/r.json"], "missing"), (["--plot", "plot.txt"], ".png"),
+    (["--widths", "8", "9000000000"], "memory"), (["--nonsense"], "--nonsense")])
 def test_nonsense_is_refused(options, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=named):
