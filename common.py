@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -66,8 +67,8 @@ def load_data(name, data_dir, device, train_size=None, seed=0):
         subset = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(seed))[:train_size].numpy()
         x_train, y_train = x_train[subset], y_train[subset]
 
-    def images(x):
-        return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device)
+    def images(x):  # channels_last in memory, as the networks want it
+        return torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).to(device)
 
     def labels(y):
         return torch.from_numpy(y.astype(np.int64)).to(device)
@@ -355,6 +356,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu and cuda are supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: no such device here ({str(error).splitlines()[0]})") from None
@@ -368,7 +371,7 @@ def pick_precision(choice, device):
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     native = [getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bf16" if device.type == "cpu" and any(native) else "fp32"
+    return "bf16" if any(native) else "fp32"
 
 
 def execute(model, device, precision="auto", compile="auto"):
@@ -403,8 +406,8 @@ def kl_to(p):
 def margin_to(y):
     """The Carlini-Wagner margin: the best wrong logit minus the right one, summed."""
     def loss(logits):
-        right = F.one_hot(y, logits.shape[1]).bool()
-        return (logits.masked_fill(right, -math.inf).amax(1) - logits[right]).sum()
+        wrong = logits.scatter(1, y[:, None], -math.inf).amax(1)
+        return (wrong - logits.gather(1, y[:, None])[:, 0]).sum()
     return loss
 
 
@@ -450,7 +453,7 @@ def project(x_adv, x, eps, norm):
         return torch.clamp(x_adv, (x - eps).clamp_(min=0), (x + eps).clamp_(max=1))
     delta = x_adv - x
     length = delta.flatten(1).norm(dim=1)
-    return (x + delta * _per_image((eps / length).clamp(max=1))).clamp_(0, 1)  # eps / 0 = inf, clamped to 1
+    return (x + delta * _per_image((eps / length.clamp(min=1e-12)).clamp(max=1))).clamp_(0, 1)
 
 
 def _per_image(values):
@@ -498,7 +501,7 @@ def learning_rate(schedule, base, epoch, epochs, milestones=(75, 90, 100)):
         return base * 0.1 ** sum(100 * epoch >= milestone * epochs for milestone in milestones)
     if 4 * epoch < 3 * epochs:
         return base
-    return base * 0.5 ** (1 + math.floor((epoch - 0.75 * epochs) / max(epochs / 100, 1)))
+    return base * 0.5 ** (1 + 25 * (4 * epoch - 3 * epochs) // max(epochs, 100))
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
@@ -507,7 +510,8 @@ def learning_rate(schedule, base, epoch, epochs, milestones=(75, 90, 100)):
 def padded_batches(x, y, batch_size):
     """(float images, labels, n) over all of x, y in order; the last batch is padded to full size, n images count.
 
-    In eval mode an image does not see its neighbours, so padding changes nothing but keeps one shape for compiled code.
+    In eval mode an image does not see its neighbours, so padding changes nothing, and compiled code sees one shape (two
+    where all images together are fewer than a batch).
     """
     for i in range(0, len(x), batch_size):
         images, labels = x[i:i + batch_size], y[i:i + batch_size]
@@ -579,16 +583,18 @@ def local_lipschitzness(model, x, *, eps, step_size, steps, batch_size=128, seed
     largest = []
     with fixed_seed(seed, x.device), attack_mode(model), exact_precision(model), torch.enable_grad():
         for images, _, n in padded_batches(x, x[:, 0, 0, 0], batch_size):
-            clean, best = model(images).detach(), torch.zeros(len(images), device=x.device)
-            for radius in (eps, eps, eps, eps / 10):
+            with torch.no_grad():
+                clean, best = model(images), torch.zeros(len(images), device=x.device)
+            for scale in (1, 1, 1, 0.1):
+                radius, stride = scale * eps, scale * steps * step_size
                 x_hat = project(perturb_start(images, "uniform", radius, "linf"), images, radius, "linf")
                 for _ in range(math.ceil(steps / 4) + 1):
                     x_hat.requires_grad_()
                     rise = (model(x_hat) - clean).abs().sum(1)
                     gradient, = torch.autograd.grad(rise.sum(), x_hat)
                     with torch.no_grad():
-                        best = torch.maximum(best, (rise / (x_hat - images).abs().amax((1, 2, 3))).nan_to_num(0))
-                        stride = steps * step_size * radius / eps
+                        ratio = rise / (x_hat - images).abs().amax((1, 2, 3))
+                        best = torch.maximum(best, ratio.nan_to_num(nan=0, posinf=0))
                         x_hat = project(x_hat + stride * gradient.sign(), images, radius, "linf")
             largest.append(best[:n])
     return torch.cat(largest).mean().item()
@@ -606,17 +612,33 @@ def launch(main):
         message = f"error: {error}"
     except OSError as error:  # a full disk, a folder without permission
         message = f"error: {error.filename or 'writing a file'}: {error.strerror or error}"
-    except torch.OutOfMemoryError as error:
-        message = f"error: out of device memory, a smaller --batch-size needs less ({error})"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            message = f"error: out of memory, a smaller --batch-size needs less ({str(error)[:200]})"
+        elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            message = f"error: torch.compile failed, --compile off does without it ({str(error)[:300]})"
+        else:
+            raise
     except KeyboardInterrupt as error:
         message, status = f"interrupted {error}", 128 + signal.SIGINT
     say(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
+def on_terminal():
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def show(line):
+    """On a terminal, show a line of progress in place of the last one; in a pipe, nothing."""
+    if on_terminal():
+        print("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+
+
 def say(line, file=None):
     """Print a line at once, over the progress line if one is showing."""
-    print(("\r\x1b[K" if sys.stdout.isatty() else "") + line, file=file, flush=True)
+    show("")
+    print(line, file=file, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -649,8 +671,8 @@ def number(low=0.0, high=math.inf, above=False):
 def integer(low=1):
     """An argparse type: an integer of at least `low`."""
     def parse(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} must be at least {low}")
+        if not low <= int(text) < 2 ** 63:
+            raise argparse.ArgumentTypeError(f"{text!r} must be at least {low} and below 2^63")
         return int(text)
     parse.__name__ = "integer"
     return parse
@@ -731,11 +753,15 @@ class Run:
         self.folder = Path(args.out)
         self.settings = {key: value for key, value in vars(args).items() if key != "out"}
         self.epoch, self.log, self.announced = 0, [], False  # epoch: the last one finished
-        if (self.folder / "args.json").exists():
-            self._resume()
-        else:
+        if (self.folder / "last.pt").exists():
+            with own_files(self.folder):
+                self._resume()
+        elif (self.folder / "metrics.json").exists():
+            raise UserError(f"{self.folder} holds a finished run without its last.pt; choose another --out")
+        else:  # no epoch was finished here: nothing to lose
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "args.json", self.settings)
+            write_file(self.folder / "log.jsonl", b"")
         say(f"{self.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{self.epoch} of {args.epochs} epochs done")
         signal.signal(signal.SIGINT, self._interrupt)
@@ -747,8 +773,6 @@ class Run:
                    for key in sorted({*before, *now} - MAY_CHANGE) if before.get(key) != now.get(key)]
         if changed:
             raise UserError(f"{self.folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
-        if not (self.folder / "last.pt").exists():
-            return
         state = read_checkpoint(self.folder / "last.pt")
         load_weights(self.model, state["model"], self.folder / "last.pt")
         self.optimizer.load_state_dict(state["optimizer"])
@@ -758,6 +782,14 @@ class Run:
         self.epoch = state["epoch"]
         self.log = read_log(self.folder / "log.jsonl")[:self.epoch]  # a kill can leave a line ahead of the checkpoint
         write_file(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
+        scores = self._monitored()
+        if scores and self.log[-1]["robust_accuracy"] == max(scores) and scores.count(max(scores)) == 1:
+            content, best = (self.folder / "last.pt").read_bytes(), self.folder / "best.pt"
+            if not best.exists() or best.read_bytes() != content:  # a kill came between the two
+                write_file(best, content)
+
+    def _monitored(self):
+        return [entry["robust_accuracy"] for entry in self.log if entry["robust_accuracy"] is not None]
 
     def _interrupt(self, *_):
         raise KeyboardInterrupt(f"in epoch {min(self.epoch + 1, self.args.epochs)}; {self._kept()}")
@@ -778,18 +810,22 @@ class Run:
             yield x, y
             self.images += len(x)
             now = time.perf_counter()
-            if sys.stdout.isatty() and now - shown > 1:
+            if on_terminal() and now - shown > 1:
                 shown = now
-                print("\r\x1b[K" + self._progress(size), end="", flush=True)
-            elif not self.announced and now - self.began > 10:
+                show(self._progress(size))
+            elif not on_terminal() and not self.announced and now - self.began > 10:
                 self.announced = True
                 say(self._progress(size))
-        self.train_seconds = time.perf_counter() - self.began
         history = torch.stack(self.history)
         bad = (~history.isfinite()).any(1).nonzero()
+        self.train_seconds = time.perf_counter() - self.began  # after the line above has waited for the device
         if len(bad):
             raise UserError(f"loss not finite at epoch {self.epoch + 1}, step {bad[0].item() + 1}; {self._kept()}; "
                             f"a smaller --lr or --beta may help")
+        with torch.no_grad():
+            if not torch.stack(torch._foreach_norm(list(self.model.parameters()))).isfinite().all():
+                raise UserError(f"weights not finite after epoch {self.epoch + 1}; {self._kept()}; a smaller --lr or "
+                                f"--beta may help")
         self.means = history.mean(0).tolist()
 
     def record(self, *means):
@@ -806,7 +842,7 @@ class Run:
         risks, self.latest = self.latest, torch.stack(self.history).mean(0).to("cpu", non_blocking=True)
         shown = f"  {self._risks(risks)}" if risks is not None else ""
         return (f"epoch {self.epoch + 1}/{self.args.epochs}  step {len(self.history)}/{self.steps}  "
-                f"{rate:.0f} images/s  {duration(left)} left{shown}")
+                f"{rate:.4g} images/s  {duration(left)} left{shown}")
 
     def end_epoch(self, lr, data):
         """Monitor, then `save_epoch`."""
@@ -822,10 +858,10 @@ class Run:
     def save_epoch(self, lr, metrics):
         """Add a line to the log, `metrics` (the three and any others) in it; write the checkpoint (and best.pt)."""
         epoch = self.epoch + 1
-        monitored = [entry["robust_accuracy"] for entry in self.log if entry["robust_accuracy"] is not None]
+        best_before = max(self._monitored(), default=-1)
         entry = {"epoch": epoch, "lr": lr, "beta": self.args.beta,
                  **dict(zip(self.recorded, self.means)), **metrics,
-                 "images_per_second": round(self.images / self.train_seconds, 1),
+                 "images_per_second": float(f"{self.images / self.train_seconds:.4g}"),
                  "seconds": round(time.perf_counter() - self.began, 2)}
         self.log.append(entry)
         with open(self.folder / "log.jsonl", "a") as file:
@@ -836,12 +872,12 @@ class Run:
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        if entry["robust_accuracy"] is not None and entry["robust_accuracy"] > max(monitored, default=-1):
-            write_file(self.folder / "best.pt", content.getbuffer())
         write_file(self.folder / "last.pt", content.getbuffer())
+        if max(self._monitored(), default=-1) > best_before:
+            write_file(self.folder / "best.pt", content.getbuffer())
         self.epoch = epoch
         say(f"epoch {epoch}/{self.args.epochs}  lr {lr:.4g}  {self._risks(self.means)}  {describe(metrics)}  "
-            f"{entry['images_per_second']:.0f} images/s  {duration(entry['seconds'])}  "
+            f"{entry['images_per_second']:.4g} images/s  {duration(entry['seconds'])}  "
             f"{duration(entry['seconds'] * (self.args.epochs - epoch))} left")
 
     def finish(self, data):
@@ -855,9 +891,20 @@ class Run:
             metrics["local_lipschitzness"] = local_lipschitzness(self.model, some, batch_size=self.args.batch_size, **attack)
             attack = {"name": "pgd", "loss": "cross-entropy", "norm": "linf", "start": "uniform", **attack}
             write_json(path, {**metrics, "attack": attack, "epoch": self.epoch, "precision": self.args.precision})
-        metrics = read_json(path)
-        say(f"{path}: {describe(metrics)}, local Lipschitzness {metrics['local_lipschitzness']:.2f}")
+        with own_files(self.folder):
+            metrics = read_json(path)
+            say(f"{path}: {describe(metrics)}, local Lipschitzness {metrics['local_lipschitzness']:.2f}")
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def own_files(folder):
+    """What a spoilt run folder raises inside becomes a UserError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: args.json, log.jsonl, last.pt or metrics.json is not what a run wrote "
+                        f"({type(error).__name__}: {error}); move the folder away or choose another --out") from None
 
 
 def describe(metrics):
@@ -880,7 +927,7 @@ def duration(seconds):
 def write_file(path, content):
     """Write bytes so that `path` holds either its old content or all of the new, whatever happens meanwhile."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")  # what a kill leaves of it, the next write replaces
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -917,4 +964,5 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # truncated, foreign or unsafe: zipfile, pickle and torch each fail in their own way
-        raise UserError(f"{path} cannot be read as a checkpoint of tensors: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None

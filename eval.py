@@ -184,7 +184,10 @@ def autoattack(model, x, labels, batch_size, seed, settings):
         attack = optional(AUTOATTACK, "--attack autoattack").AutoAttack(
             model, norm=norm, eps=settings["eps"], seed=seed, device=x.device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
-        return attack.run_standard_evaluation(common.to_float(x), labels, batch_size=batch_size)[1]
+        model.to(memory_format=torch.contiguous_format)  # the package views gradients as rows, which channels_last forbids
+        found = attack.run_standard_evaluation(common.to_float(x).contiguous(), labels, batch_size=batch_size)[1]
+        model.to(memory_format=torch.channels_last)
+        return found
 
 
 def optional(package, purpose):
@@ -387,7 +390,7 @@ def plot(args, results):
                 draw(folder / f"width-{label}-{key}.png", width_figure, 4.4, runs, name)
     runs = [{**common.read_json(Path(path) / "args.json"), "log": common.read_log(Path(path) / "log.jsonl")}
             for path in args.paths if (Path(path) / "args.json").exists()]
-    for key, members in group([run for run in runs if run["log"]]).items():
+    for key, members in group([run for run in runs if run["log"] and {"beta", "width"} <= run.keys()]).items():
         betas = sorted({run["beta"] for run in members})
         draw(folder / f"training-{key}.png", training_figure, 0.5 + 1.3 * len(betas), members, betas)
 
@@ -404,8 +407,8 @@ def group(rows):
 def draw(path, figure_of, height, *content):
     matplotlib = optional("matplotlib", "--plot")
     optional("matplotlib.figure", "--plot")
-    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.labelsize": 8, "axes.linewidth": 0.6,
-             "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False,
+    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
+             "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False,
              "lines.linewidth": 1.2}
     with matplotlib.rc_context(style):
         figure = matplotlib.figure.Figure(figsize=(WIDTH, height), layout="constrained")

@@ -30,12 +30,20 @@ import common
 from common import UserError, batches, clean_probabilities, kl_to, number, pgd
 
 
+def builtin_dtype(name, *_):
+    """np.dtype(name) for numbers, uncopied: a pickle could rewrite a copy's flags and pass bytes off as objects."""
+    if np.dtype(name).kind not in "biuf":
+        raise pickle.UnpicklingError(f"it asks for dtype {name}")
+    return np.dtype(name)
+
+
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy arrays and builtin containers and refuses all else, so that no file can run code."""
+    """Reads NumPy arrays of numbers and builtin containers and refuses all else, so that no file can run code."""
 
     parts = {part.__name__: part for part in (
-        np.ndarray, np.dtype, np.uint8(0).__reduce__()[0],                      # scalar
+        np.ndarray, np.uint8(0).__reduce__()[0],                                # scalar
         np.zeros(1).__reduce_ex__(2)[0], np.zeros(1).__reduce_ex__(5)[0])}      # _reconstruct, _frombuffer
+    parts["dtype"] = builtin_dtype
 
     def find_class(self, module, name):
         if module.split(".")[0] == "numpy" and name in self.parts:
@@ -70,7 +78,7 @@ def load_extra(path, data):
     if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),) or y.min() < 0 or y.max() >= data.classes:
         raise UserError(f"--extra-data {path}: {labels!r} must be {len(x)} integers in 0..{data.classes - 1}")
     device = data.x_train.device
-    return (torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device),
+    return (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).to(device),
             torch.from_numpy(y.astype(np.int64)).to(device))
 
 

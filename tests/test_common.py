@@ -327,6 +327,7 @@ def test_gradient_norm_is_the_largest_l1_norm_met():
     ("exp-decay", 100, {1: 1, 74: 1, 75: 0.5, 76: 0.25, 100: 0.5 ** 26}),
     ("exp-decay", 200, {149: 1, 150: 0.5, 151: 0.5, 152: 0.25, 200: 0.5 ** 26}),
     ("exp-decay", 5, {3: 1, 4: 0.5, 5: 0.25}),
+    ("exp-decay", 110, {82: 1, 83: 0.5, 99: 0.5 ** 16, 110: 0.5 ** 26}),  # 15 and 25 periods of 1.1 epochs, exactly
     ("step", 100, {1: 1, 74: 1, 75: 0.1, 89: 0.1, 90: 0.01, 99: 0.01, 100: 0.001}),
     ("step", 200, {149: 1, 150: 0.1, 180: 0.01}),
     ("cosine", 200, {1: 1, 101: 0.5, 200: 0.5 * (1 + math.cos(math.pi * 199 / 200))}),
@@ -511,6 +512,8 @@ def test_a_run_is_named_after_every_setting_that_is_not_the_default(monkeypatch,
     (["--depth", "35"], "6n \\+ 4"),
     (["--dataset", "absent"], "absent.npz is missing"),
     (["--device", "abacus"], "no such device"),
+    (["--device", "meta"], "cpu and cuda are supported"),
+    (["--seed", str(2 ** 64)], "below 2\\^63"),
     pytest.param(["--device", "cuda"], "no such device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")),
 ])
 def test_mistakes_are_named(data_dir, argv, message):
@@ -565,6 +568,48 @@ def test_a_diverged_loss_is_named_and_the_last_good_checkpoint_stays(data_dir, m
     with pytest.raises(UserError, match="not finite at epoch 2, step 3; epoch 1 is kept"):
         train_trades.main(argv)
     assert torch.load(data_dir / "run" / "last.pt", weights_only=True)["epoch"] == 1
+
+
+def test_weights_that_diverge_in_the_last_step_do_not_replace_the_checkpoint(data_dir, monkeypatch):
+    argv = [*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "2", "--out", str(data_dir / "run")]
+    genuine, calls = torch.optim.SGD.step, []
+
+    def diverging(optimizer):
+        genuine(optimizer)
+        calls.append(1)
+        if len(calls) == 8:  # the last step of the second epoch: no loss is computed with these weights any more
+            optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
+    monkeypatch.setattr(torch.optim.SGD, "step", diverging)
+    with pytest.raises(UserError, match="weights not finite after epoch 2; epoch 1 is kept"):
+        train_trades.main(argv)
+    assert torch.load(data_dir / "run" / "last.pt", weights_only=True)["model"]["conv1.weight"].isfinite().all()
+
+
+def test_a_spoilt_run_folder_is_named(data_dir):
+    out = data_dir / "run"
+    argv = [*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "1", "--out", str(out)]
+    train_trades.main(argv)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name, content in (("args.json", b"[]"), ("log.jsonl", b"{\n"), ("metrics.json", b"{}"), ("last.pt", b"")):
+        (out / name).write_bytes(content)
+        with pytest.raises(UserError, match="run"):
+            train_trades.main(argv)
+        (out / name).write_bytes(whole[name])
+    (out / "last.pt").unlink()
+    with pytest.raises(UserError, match="finished run without its last.pt"):
+        train_trades.main(argv)
+
+
+def test_a_run_that_finished_no_epoch_may_start_over_with_other_settings(data_dir):
+    out = data_dir / "run"
+    argv = [*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "1", "--out", str(out)]
+    train_trades.main(argv)
+    for name in ("last.pt", "best.pt", "metrics.json"):
+        (out / name).unlink()
+    train_trades.main([*argv, "--eps", "0"])  # an attack of no size is an attack
+    assert lines_of(out / "log.jsonl") == 1
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["perturbation_stability"] == 1 and metrics["local_lipschitzness"] == 0
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path):
