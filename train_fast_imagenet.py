@@ -5,8 +5,8 @@
     python train_fast_imagenet.py DIR --width 2 --restarts 10        # tests the finished run again, with 10 restarts
     python train_fast_imagenet.py DIR --width 2 --benchmark 50       # images/s of the input pipeline and of training
 
-A trial on a CPU, with CIFAR-10 as an ImageFolder tree: 24.5 % natural and 20.5 % robust accuracy (PGD-50) on 200 images,
-chance 10 %, after 6 minutes on one core of an AMD EPYC that other work shared:
+A trial on a CPU, with CIFAR-10 as an ImageFolder tree: 24.5 % natural and 20.5 % robust accuracy (PGD-50) on 200
+images, chance 10 %, after 6 minutes on one core of an AMD EPYC that other work shared:
 
     python train_fast_imagenet.py DIR --width 1/4 --short-sides 32 32 32 --crops 32 32 32 --batch-sizes 32 32 32 \\
         --lr 0.003 --epochs 5 --train-size 6000 --eval-size 200 --test-size 200
@@ -18,10 +18,10 @@ Fast AT, `--beta 1`, without a clean pass. Any other β is the generalized adver
 In training the attack sees the network in train mode, as in Wong et al.: in the first steps BatchNorm's running
 averages lag far behind the weights, and gradients in eval mode explode. In validation it is eval mode, as elsewhere.
 
-JPEG files are decoded by Pillow in --workers processes, at 1/2, 1/4 or 1/8 of their size where a phase needs no more, so
-there is no pass over the disk to resize them. Measured on 1,000 ImageNet images of short side 224 px: 371, 191 and 420
-images per second and core (AMD EPYC) in phases 1, 2 and 3, with images enlarged to 352 px in phase 2. --decode gpu has
-not been measured on a GPU, and torchvision announces the end of its decoder: hence workers are the default.
+JPEG files are decoded by Pillow in --workers processes, at 1/2, 1/4 or 1/8 of their size where a phase needs no more:
+there is no separate pass over the disk to resize them. Measured on 150 ImageNet images of short side 224 px: 371, 191
+and 420 images per CPU second (AMD EPYC) in phases 1, 2 and 3; phase 2 enlarges such images to 352 px. --decode gpu has
+not been measured on a GPU, and torchvision has announced the end of its decoder: hence workers are the default.
 """
 import os
 import time
