@@ -16,7 +16,6 @@ import importlib
 import io
 import json
 import math
-import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -166,7 +165,7 @@ def attacked_predictions(model, x, labels, natural, name, settings, batch_size, 
             found = []
             for images, target, n in common.padded_batches(x[stable], labels[stable], batch_size):
                 found.append(common.predict(model, common.pgd(model, images, loss(target), **how))[:n])
-                progress(f"restart {restart + 1}/{settings['restarts']}  {len(found) * batch_size:,} of {len(stable):,}")
+                common.show(f"restart {restart + 1}/{settings['restarts']}  {len(found) * batch_size:,} of {len(stable):,}")
         adversarial[stable] = torch.cat(found) if found else natural[stable]
         stable = stable[adversarial[stable] == natural[stable]]
     return adversarial
@@ -195,11 +194,6 @@ def optional(package, purpose):
         return importlib.import_module(package)
     except ImportError:
         raise UserError(f"{purpose} needs the package {package}: pip install {package}") from None
-
-
-def progress(line):
-    if sys.stdout.isatty():
-        print(f"\r\x1b[K{line}", end="", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
