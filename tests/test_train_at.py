@@ -71,14 +71,14 @@ def test_attack_is_the_formula():
 
 
 def test_training_on_synthetic_data_lowers_the_risk_and_gives_robustness(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "synthetic", functools.partial(common.synthetic, n_train=800, n_test=100))
+    monkeypatch.setattr(common, "synthetic", functools.partial(common.synthetic, n_train=1600, n_test=100))
     out = tmp_path / "run"
-    train_at.main(["--dataset", "synthetic", "--depth", "10", "--width", "1", "--steps", "2", "--step-size", "0.02",
-                   "--batch-size", "40", "--epochs", "2", "--eval-every", "2", "--eval-size", "40",
+    train_at.main(["--dataset", "synthetic", "--depth", "10", "--width", "1", "--steps", "3", "--step-size", "0.015",
+                   "--batch-size", "32", "--epochs", "4", "--eval-every", "4", "--eval-size", "40",
                    "--schedule", "cosine", "--out", str(out)])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     metrics = json.loads((out / "metrics.json").read_text())
-    assert [entry["epoch"] for entry in log] == [1, 2]
+    assert [entry["epoch"] for entry in log] == [1, 2, 3, 4]
     assert log[-1]["natural_risk"] < log[0]["natural_risk"]
     assert metrics["n"] == 100 and metrics["robust_accuracy"] > 0.3  # chance: 0.1
     settings = json.loads((out / "args.json").read_text())

@@ -167,10 +167,10 @@ def test_resumed_run_ends_with_the_same_weights(arguments, tmp_path, monkeypatch
 
 
 def test_training_on_synthetic_data_lowers_the_risk_and_gives_robustness(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "synthetic", functools.partial(common.synthetic, n_train=800, n_test=100))
+    monkeypatch.setattr(common, "synthetic", functools.partial(common.synthetic, n_train=1600, n_test=100))
     monkeypatch.chdir(tmp_path)
-    train_awp.main(["--dataset", "synthetic", "--depth", "10", "--width", "1", "--steps", "2", "--step-size", "0.02",
-                    "--batch-size", "40", "--epochs", "2", "--warmup", "1", "--eval-every", "2", "--eval-size", "40",
+    train_awp.main(["--dataset", "synthetic", "--depth", "10", "--width", "1", "--steps", "3", "--step-size", "0.015",
+                    "--batch-size", "32", "--epochs", "4", "--warmup", "1", "--eval-every", "4", "--eval-size", "40",
                     "--schedule", "cosine"])
     out, = (tmp_path / "runs").iterdir()
     assert out.name.startswith("awp-synthetic-wrn10-1-beta6-seed1") and "warmup1" in out.name
