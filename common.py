@@ -873,9 +873,9 @@ class Run:
         content = io.BytesIO()
         torch.save(checkpoint, content)
         write_file(self.folder / "last.pt", content.getbuffer())
+        self.epoch = epoch
         if max(self._monitored(), default=-1) > best_before:
             write_file(self.folder / "best.pt", content.getbuffer())
-        self.epoch = epoch
         say(f"epoch {epoch}/{self.args.epochs}  lr {lr:.4g}  {self._risks(self.means)}  {describe(metrics)}  "
             f"{entry['images_per_second']:.4g} images/s  {duration(entry['seconds'])}  "
             f"{duration(entry['seconds'] * (self.args.epochs - epoch))} left")

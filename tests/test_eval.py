@@ -248,7 +248,7 @@ def test_a_run_folder_means_its_best_checkpoint_and_a_file_itself(folder):
     flags = "--eval-size", 20, "--steps", 0
     by_folder, best, last = run(folder, *flags, paths=("run", "run/best.pt", "run/last.pt"))
     assert by_folder["checkpoint"] == best["checkpoint"] and by_folder["natural_accuracy"] == best["natural_accuracy"]
-    assert last["epoch"] == 2 and by_folder["dataset"] == "toy" and by_folder["beta"] == 1
+    assert last["epoch"] == 4 and by_folder["dataset"] == "toy" and by_folder["beta"] == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- output
