@@ -14,7 +14,6 @@ misclassified images attacked away from f(x), because an attack away from y has 
 import csv
 import importlib
 import io
-import json
 import math
 import time
 from functools import lru_cache
