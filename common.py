@@ -40,6 +40,12 @@ class Data:
     y_test: torch.Tensor
     classes: int
 
+    def test_subset(self, n):
+        """Indices of n random test images, the same ones in every run; of all of them, in order, if n is None."""
+        if n is None:
+            return torch.arange(len(self.x_test))
+        return torch.randperm(len(self.x_test), generator=torch.Generator().manual_seed(0))[:n]
+
 
 def load_data(name, data_dir, device, train_size=None, seed=0):
     """The data set `name` as a `Data` on `device`.
@@ -705,6 +711,7 @@ def training_parser(doc, method, **defaults):
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on a CUDA device")
     add("--eval-every", type=integer(), default=1, metavar="N", help="epochs between monitor evaluations")
     add("--eval-size", type=integer(), default=1000, metavar="N", help="test images in a monitor evaluation")
+    add("--test-size", type=integer(), metavar="N", help="test images, drawn at random, in metrics.json; by default all")
     parser.set_defaults(method=method, **defaults)
     return parser
 
@@ -849,7 +856,7 @@ class Run:
         epoch = self.epoch + 1
         metrics = dict.fromkeys(("natural_accuracy", "robust_accuracy", "perturbation_stability"))
         if epoch % self.args.eval_every == 0 or epoch == self.args.epochs:
-            some = torch.randperm(len(data.x_test), generator=torch.Generator().manual_seed(0))[:self.args.eval_size]
+            some = data.test_subset(self.args.eval_size)
             metrics = evaluate(self.model, data.x_test[some], data.y_test[some], eps=self.args.eps,
                                batch_size=self.args.batch_size, **MONITOR_ATTACK)
             del metrics["n"]
@@ -885,10 +892,12 @@ class Run:
         path = self.folder / "metrics.json"
         if not path.exists():
             attack = {"eps": self.args.eps, **REPORT_ATTACK}
-            say(f"testing on {len(data.x_test):,} images with PGD-{attack['steps']}, step {attack['step_size']:g}")
-            metrics = evaluate(self.model, data.x_test, data.y_test, batch_size=self.args.batch_size, **attack)
-            some = data.x_test[:1000]
-            metrics["local_lipschitzness"] = local_lipschitzness(self.model, some, batch_size=self.args.batch_size, **attack)
+            chosen = data.test_subset(self.args.test_size)
+            x, y = data.x_test[chosen], data.y_test[chosen]
+            say(f"testing on {len(x):,} images with PGD-{attack['steps']}, step {attack['step_size']:g}")
+            metrics = evaluate(self.model, x, y, batch_size=self.args.batch_size, **attack)
+            metrics["local_lipschitzness"] = local_lipschitzness(
+                self.model, x[:1000], batch_size=self.args.batch_size, **attack)
             attack = {"name": "pgd", "loss": "cross-entropy", "norm": "linf", "start": "uniform", **attack}
             write_json(path, {**metrics, "attack": attack, "epoch": self.epoch, "precision": self.args.precision})
         with own_files(self.folder):

@@ -241,9 +241,8 @@ def evaluate_all(args, results, points):
             results.extend(earlier_results(file))
         else:
             model, data, facts = load(file, args, device)
-            chosen = torch.randperm(len(data.x_test), generator=torch.Generator().manual_seed(0))[:args.eval_size]
-            chosen = chosen if args.eval_size else torch.arange(len(data.x_test))
-            x, y = data.x_test[chosen.to(device)], data.y_test[chosen.to(device)]
+            chosen = data.test_subset(args.eval_size)
+            x, y = data.x_test[chosen], data.y_test[chosen]
             lipschitz = {}
             if args.lipschitz_size:
                 radius = args.eps if args.norm == "linf" else EPS["linf"]
