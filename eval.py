@@ -15,6 +15,7 @@ import csv
 import importlib
 import io
 import math
+import re
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -63,6 +64,8 @@ def arguments(argv):
     for kind in ("json", "csv", "markdown"):
         add(f"--{kind}", metavar="FILE", help=f"write the results as {kind} too")
     add("--save-points", metavar="FILE.npz", help="write every image's label and predictions")
+    add("--merge-seeds", action="store_true", help="in tables and figures, runs whose names differ in -seed<s> alone as "
+        "one: means, and ± is then half their range")
     add("--plot", metavar="DIR", help="draw the figures there, with matplotlib")
     args = parser.parse_args(argv)
     if not (args.paths or args.plot):
@@ -279,28 +282,50 @@ def column(row):
     return name + steps + restarts + (" l2" if row["norm"] == "l2" else "")
 
 
-def grid(results):
+def grid(results, merged=False):
     """The results as rows of text, the header first: a line per model, columns per attack, in percent."""
+    results = merge_seeds(results) if merged else results
     columns = list(dict.fromkeys(map(column, results)))
     models = {}
     for row in results:
         models.setdefault((row["path"], row["n"]), {})[column(row)] = row
-    table = [["model", "n", "natural"] + [f"{name} {METRICS[key]}" for name in columns for key in list(METRICS)[1:]]
-             + ["local Lipschitzness"]]
+    table = [["model", *(["runs"] if merged else []), "n", "natural"]
+             + [f"{name} {METRICS[key]}" for name in columns for key in list(METRICS)[1:]] + ["local Lipschitzness"]]
     for (path, n), rows in models.items():
-        any_row = next(iter(rows.values()))
-        lipschitz = any_row.get("local_lipschitzness")
-        table.append([path, str(n), percent(any_row, "natural_accuracy")]
+        row = next(iter(rows.values()))
+        table.append([path, *([str(row["runs"])] if merged else []), str(n), percent(row, "natural_accuracy")]
                      + [percent(rows.get(name), key) for name in columns for key in list(METRICS)[1:]]
-                     + ["" if lipschitz is None else f"{lipschitz:.2f}"])
+                     + [with_interval(row, "local_lipschitzness")])
     return table
 
 
-def percent(row, key):
-    if row is None:
+def merge_seeds(results):
+    """The results, those of runs whose names differ in -seed<s> alone as one row: means, the range as the interval."""
+    experiments = {}
+    for row in results:
+        name = re.sub(r"-seed\d+", "", row["path"])
+        experiments.setdefault((name, column(row), row["n"]), {})[row["path"]] = row
+    merged = []
+    for (name, *_), runs in experiments.items():
+        rows = list(runs.values())
+        merged.append({**rows[0], "path": name, "runs": len(rows)})
+        for key in (*METRICS, "local_lipschitzness"):
+            if len(rows) > 1 and all(key in row for row in rows):
+                values = [row[key] for row in rows]
+                merged[-1].update({key: sum(values) / len(values), f"{key}_ci": [min(values), max(values)]})
+    return merged
+
+
+def with_interval(row, key, scale=1):
+    """scale·row[key] and half its interval, such as "12.34 ±0.56"; "" where there is none."""
+    if row is None or row.get(key) is None:
         return ""
-    low, high = row[f"{key}_ci"]
-    return f"{100 * row[key]:.2f} ±{50 * (high - low):.2f}"
+    low_high = row.get(f"{key}_ci")
+    return f"{scale * row[key]:.2f}" + (f" ±{scale * (low_high[1] - low_high[0]) / 2:.2f}" if low_high else "")
+
+
+def percent(row, key):
+    return with_interval(row, key, 100)
 
 
 def text_table(table):
@@ -350,7 +375,7 @@ def write_results(args, results, points):
     if args.csv:
         common.write_file(args.csv, csv_table(results).encode())
     if args.markdown:
-        common.write_file(args.markdown, markdown_table(grid(results)).encode())
+        common.write_file(args.markdown, markdown_table(grid(results, args.merge_seeds)).encode())
     if args.save_points and points:
         arrays = {key: np.array([entry[key] for entry in points]) for key in ("path", "attack")}
         for i, entry in enumerate(points):  # label_0 [n], adversarial_0 [seeds, n], ...: of path[0] under attack[0]
@@ -374,12 +399,13 @@ def plot(args, results):
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder / "schedules.png", schedules_figure, 1.9)
     for name in dict.fromkeys(map(column, results)):
-        rows, label = [row for row in results if column(row) == name], name.lower().replace(" ", "-").replace("×", "x")
+        rows = [row for row in (merge_seeds(results) if args.merge_seeds else results) if column(row) == name]
+        label = name.lower().replace(" ", "-").replace("×", "x")
         draw(folder / f"metrics-{label}.png", metrics_figure, 0.75 + 0.42 * len(rows), rows, name)
-        groups = group([row for row in rows if row.get("beta") is not None])
+        groups = group([row for row in merge_seeds(results) if column(row) == name and row.get("beta") is not None])
         for key, runs in groups.items():
             if len({row["width"] for row in runs}) > 1:
-                draw(folder / f"width-{label}-{key}.png", width_figure, 4.4, runs, name)
+                draw(folder / f"width-{label}-{key}.png", width_figure, 5.4, runs, name)
     runs = [{**common.read_json(Path(path) / "args.json"), "log": common.read_log(Path(path) / "log.jsonl")}
             for path in args.paths if (Path(path) / "args.json").exists()]
     for key, members in group([run for run in runs if run["log"] and {"beta", "width"} <= run.keys()]).items():
@@ -406,7 +432,7 @@ def draw(path, figure_of, height, *content):
         figure = matplotlib.figure.Figure(figsize=(WIDTH, height), layout="constrained")
         figure_of(figure, *content)
         image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=300)
+        figure.savefig(image, format="png", dpi=200)
     common.write_file(path, image.getbuffer())
     say(str(path))
 
@@ -439,23 +465,25 @@ def metrics_figure(figure, rows, attack):
 
 
 def width_figure(figure, rows, attack):
-    """The three metrics against width, a line per λ, with 95 % intervals."""
-    panels = figure.subplots(3, sharex=True)
+    """The three metrics and local Lipschitzness against width, a line per λ; bars: 95 % intervals, or the range of seeds."""
+    shown = [*list(METRICS)[:3], *(["local_lipschitzness"] if all("local_lipschitzness" in row for row in rows) else [])]
+    panels = figure.subplots(len(shown), sharex=True)
     betas = sorted({row["beta"] for row in rows})
-    for axes, key in zip(panels, METRICS):
+    for axes, key in zip(panels, shown):
+        scale = 100 if key in METRICS else 1
         for i, beta in enumerate(betas):
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             shift = 1 + 0.02 * i  # so that intervals stand side by side
             line = sorted((row for row in rows if row["beta"] == beta), key=lambda row: row["width"])
-            low, high = zip(*(row[f"{key}_ci"] for row in line))
-            value = np.array([row[key] for row in line])
-            axes.errorbar([shift * row["width"] for row in line], 100 * value, 100 * np.abs([value - low, high - value]),
+            low, high = scale * np.array([row.get(f"{key}_ci", [row[key]] * 2) for row in line]).T
+            value = scale * np.array([row[key] for row in line])
+            axes.errorbar([shift * row["width"] for row in line], value, np.abs([value - low, high - value]),
                           color=colour, marker=marker, markersize=4, capsize=2, label=f"λ = {beta:g}")
-        axes.set(ylabel=f"{METRICS[key]} (%)")
+        axes.set(ylabel=f"{METRICS[key]} (%)" if key in METRICS else "local Lipschitzness")
     panels[0].legend(ncols=4)
     widths = sorted({row["width"] for row in rows})
-    panels[2].set(xlabel=f"width ({attack})", xscale="log", xticks=widths, xticklabels=widths)
-    panels[2].minorticks_off()
+    panels[-1].set(xlabel=f"width ({attack})", xscale="log", xticks=widths, xticklabels=widths)
+    panels[-1].minorticks_off()
 
 
 def training_figure(figure, runs, betas):
@@ -491,7 +519,7 @@ def main(argv):
         raise KeyboardInterrupt(f"after {len(points)} evaluations" + (f", kept in {files}" if files else "")) from None
     finally:
         if results:
-            say(text_table(grid(results)))
+            say(text_table(grid(results, args.merge_seeds)))
     if results:
         write_results(args, results, points)  # earlier results alone can be joined and written too
     if args.plot:

@@ -297,7 +297,24 @@ def test_figures(folder):
                      "training-trades-toy-wrn-10.png"}
     for path in (folder / "figures").iterdir():
         header = path.read_bytes()[:24]
-        assert header[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(header[16:20], "big") == 990  # 3.3 inches at 300 dpi
+        assert header[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(header[16:20], "big") == 660  # 3.3 inches at 200 dpi
+
+
+def test_runs_that_differ_in_their_seed_merge_into_one_line(folder, capsys):
+    row, = run(folder, "--eval-size", 20, "--steps", 1)
+
+    def named(path, natural, lipschitz):
+        return {**row, "path": path, "natural_accuracy": natural, "local_lipschitzness": lipschitz}
+    rows = [named("runs/a-beta6-seed1", 0.5, 10), named("runs/a-beta6-seed12", 0.6, 14), named("runs/a-beta60-seed1", 0.9, 7)]
+    rows += [named("runs/a-beta6-seed1", 0.5, 10)]  # given twice: one run all the same
+    (folder / "rows.json").write_text(json.dumps(rows))
+    capsys.readouterr()
+    evaluation.main([str(folder / "rows.json"), "--attack", "none", "--merge-seeds"])
+    _, titles, *lines = (line.split() for line in capsys.readouterr().out.splitlines())
+    low, high = row["natural_accuracy_ci"]
+    assert titles[:3] == ["model", "runs", "n"] and titles[-1] == "Lipschitzness" and len(lines) == 2
+    assert lines[0][:5] == ["runs/a-beta6", "2", "20", "55.00", "±5.00"] and lines[0][-2:] == ["12.00", "±2.00"]
+    assert lines[1][:5] == ["runs/a-beta60", "1", "20", "90.00", f"±{50 * (high - low):.2f}"] and lines[1][-1] == "7.00"
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
