@@ -95,23 +95,8 @@ def arguments(tmp_path):
             "--steps", "2", "--epochs", "2", "--eval-size", "20"]
 
 
-def test_resumed_run_ends_with_the_same_weights(arguments, tmp_path, monkeypatch):
-    train_at.main([*arguments, "--out", str(tmp_path / "whole")])
-    stopped = [*arguments, "--out", str(tmp_path / "stopped")]
-    end_epoch = common.Run.end_epoch
-
-    def stop(run, lr, data):
-        end_epoch(run, lr, data)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common.Run, "end_epoch", stop)
-        train_at.main(stopped)
-    train_at.main(stopped)
-    whole, resumed = (common.read_checkpoint(tmp_path / run / "last.pt")["model"] for run in ("whole", "stopped"))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    with pytest.raises(common.UserError, match="--beta 1.0 there, 2.0 here"):
-        train_at.main([*stopped, "--beta", "2"])
+def test_resumed_run_ends_with_the_same_weights(arguments, check_resume):
+    check_resume(train_at.main, arguments, "--beta", "2", "--beta 1.0 there, 2.0 here")
 
 
 def test_run_folder_names_method_and_settings_that_differ(arguments, tmp_path, monkeypatch):

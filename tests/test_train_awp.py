@@ -148,22 +148,8 @@ def test_warmup_epochs_are_plain_trades(arguments, tmp_path, monkeypatch):
     assert len(called) == 3  # the second of two epochs of three steps
 
 
-def test_resumed_run_ends_with_the_same_weights(arguments, tmp_path, monkeypatch):
-    arguments += ["--warmup", "1"]
-    stopped = [*arguments, "--out", str(tmp_path / "stopped")]
-    end_epoch = common.Run.end_epoch
-
-    def stop(run, lr, data):
-        end_epoch(run, lr, data)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common.Run, "end_epoch", stop)
-        train_awp.main(stopped)
-    resumed = trained(train_awp, arguments, tmp_path / "stopped")
-    assert same(resumed, trained(train_awp, arguments, tmp_path / "whole"))
-    with pytest.raises(common.UserError, match="--gamma 0.005 there, 0.01 here"):
-        train_awp.main([*stopped, "--gamma", "0.01"])
+def test_resumed_run_ends_with_the_same_weights(arguments, check_resume):
+    check_resume(train_awp.main, [*arguments, "--warmup", "1"], "--gamma", "0.01", "--gamma 0.005 there, 0.01 here")
 
 
 def test_training_on_synthetic_data_lowers_the_risk_and_gives_robustness(tmp_path, monkeypatch):

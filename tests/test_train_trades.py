@@ -225,27 +225,11 @@ def test_training_with_extra_data(tiny):
     assert checkpoint["args"]["extra_data"] == str(folder / "extra.npz") and checkpoint["args"]["extra_fraction"] == 0.5
 
 
-def test_resumed_run_with_extra_data_ends_with_the_same_weights(tiny, monkeypatch):
+def test_resumed_run_with_extra_data_ends_with_the_same_weights(tiny, check_resume):
     arguments, folder = tiny
     np.savez(folder / "extra.npz", image=extra_arrays()[0], label=extra_arrays()[1])
-    arguments += ["--extra-data", str(folder / "extra.npz"), "--epochs", "2"]
-    train_trades.main(arguments)
-    whole = common.read_checkpoint(folder / "run" / "last.pt")["model"]
-    stopped = [*arguments, "--out", str(folder / "stopped")]
-    end_epoch = common.Run.end_epoch
-
-    def stop(run, lr, data):
-        end_epoch(run, lr, data)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common.Run, "end_epoch", stop)
-        train_trades.main(stopped)
-    train_trades.main(stopped)
-    resumed = common.read_checkpoint(folder / "stopped" / "last.pt")["model"]
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    with pytest.raises(common.UserError, match="--extra-fraction 0.5 there, 0.25 here"):
-        train_trades.main([*stopped, "--extra-fraction", "0.25"])
+    check_resume(train_trades.main, [*arguments, "--extra-data", str(folder / "extra.npz"), "--epochs", "2"],
+                 "--extra-fraction", "0.25", "--extra-fraction 0.5 there, 0.25 here")
 
 
 # -------------------------------------------------------------------------------- both networks, both data sets
