@@ -392,6 +392,7 @@ def execute(model, device, precision="auto", compile="auto"):
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if compiled:
+        torch.compiler.reset()  # makes room: few graphs are kept for all the networks of a process together
         model.compile(dynamic=False)
     return f"{model.precision}, channels_last, {'compiled' if compiled else 'eager'}"
 
@@ -516,13 +517,13 @@ def learning_rate(schedule, base, epoch, epochs, milestones=(75, 90, 100)):
 def padded_batches(x, y, batch_size):
     """(float images, labels, n) over all of x, y in order; the last batch is padded to full size, n images count.
 
-    In eval mode an image does not see its neighbours, so padding changes nothing, and compiled code sees one shape (two
-    where all images together are fewer than a batch).
+    In eval mode an image does not see its neighbours, so padding changes nothing, and compiled code sees one shape. A CPU,
+    where time goes with the number of images, is spared the padding if all of them together are fewer than a batch.
     """
     for i in range(0, len(x), batch_size):
         images, labels = x[i:i + batch_size], y[i:i + batch_size]
         n = len(images)
-        if 0 < i and n < batch_size:
+        if n < batch_size and (i > 0 or x.is_cuda):
             fill = torch.arange(batch_size, device=x.device) % n
             images, labels = images[fill], labels[fill]
         yield to_float(images), labels, n

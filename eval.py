@@ -181,6 +181,7 @@ def autoattack(model, x, labels, batch_size, seed, settings):
     classes = model.fc.out_features
     if classes < 4:
         raise UserError(f"AutoAttack needs four classes, the network has {classes}; choose another --attack")
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None  # its batches shrink: a new shape each time
     with common.fixed_seed(seed, x.device), common.attack_mode(model), common.exact_precision(model):
         attack = optional(AUTOATTACK, "--attack autoattack").AutoAttack(
             model, norm=norm, eps=settings["eps"], seed=seed, device=x.device)
@@ -188,7 +189,8 @@ def autoattack(model, x, labels, batch_size, seed, settings):
         model.to(memory_format=torch.contiguous_format)  # the package views gradients as rows, which channels_last forbids
         found = attack.run_standard_evaluation(common.to_float(x).contiguous(), labels, batch_size=batch_size)[1]
         model.to(memory_format=torch.channels_last)
-        return found
+    model._compiled_call_impl = compiled
+    return found
 
 
 def optional(package, purpose):

@@ -204,13 +204,15 @@ class Images(Dataset):
         phase, seed, numbers = item
         try:
             images = decode_jpeg(files, "RGB", device=self.device)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError):  # CMYK, a PNG named .JPEG, a broken file: the CPU reads it, or names it
             return self.read(item, self.device)
         crops = []
         for i, image in zip(numbers, images):
             with common.fixed_seed(image_seed(seed, i), self.device):
                 crops.append(crop_image(image, phase, train=seed is not None))
-        return torch.from_numpy(numbers), torch.stack(crops).permute(0, 2, 3, 1), []
+        return torch.from_numpy(numbers), torch.stack(crops).permute(0, 2, 3, 1).contiguous(), []  # [N, H, W, 3]
 
     def report(self, path, reason):
         if self.args.on_bad_image == "fail":

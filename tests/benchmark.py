@@ -7,13 +7,17 @@
     python tests/benchmark.py --methods trades at --rival ../A-temp-project  # ... of the paper's code, tabrisweapon
 
 Ours is the loop of the training script itself, fed through a stopwatch in place of its run folder. A rival's step is its
-own code, loaded from the checkout, in float32 as it is released; after each step of ours comes one of the rival's, on
-the same network, batch and number of attack steps, and the ratio is the median over these pairs. `passes` counts
-arithmetic in units of one forward pass; the share of peak is that arithmetic over the measured rate of a large
-bfloat16 matrix product on the same device. Batches are random pixels: speed does not depend on them.
+own code, loaded from the checkout, in float32 (with TF32 convolutions on a GPU, PyTorch's default); after each step of
+ours comes one of the rival's, on the same network, batch and number of attack steps, and the ratio is the median over
+these pairs. `passes` counts arithmetic in units of one forward pass; the share of peak is that arithmetic over the
+measured rate of a large bfloat16 matrix product on the same device. "stream+log" is the share of an epoch that making
+batches, noting losses, logging and writing checkpoints takes; "monitor" the seconds of an evaluation of 1,000 images.
+Batches are random pixels: speed does not depend on them.
 """
 import argparse
 import ast
+import contextlib
+import gc
 import importlib
 import json
 import statistics
@@ -66,6 +70,33 @@ class Arithmetic(TorchDispatchMode):
         return result
 
 
+def as_released(device):
+    """PyTorch's own settings for convolutions, TF32 among them, which the releases leave as they are."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True)
+
+
+class Memory:
+    """The peak of a party's own CUDA memory in GB: what the other party holds meanwhile does not count."""
+
+    def __init__(self, device, models, optimizers=()):
+        self.device, self.models, self.optimizers, self.peak = device, models, optimizers, None
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+            tensors = [t for model in self.models for p in model.parameters() for t in (p, p.grad)]
+            tensors += [buffer for model in self.models for buffer in model.buffers()]
+            tensors += [t for optimizer in self.optimizers for state in optimizer.state.values() for t in state.values()]
+            self.held = sum(t.nbytes for t in tensors if torch.is_tensor(t))
+
+    def __exit__(self, *_):
+        if self.device.type == "cuda":
+            self.peak = (self.held + torch.cuda.max_memory_allocated(self.device) - self.before) / 1e9
+
+
 class Stopwatch(common.Run):
     """Takes the place of a run folder: times `repeats` steps of the script's own loop, and a rival's between them."""
 
@@ -74,7 +105,9 @@ class Stopwatch(common.Run):
     def __init__(self, args, model, optimizer):
         self.args, self.model, self.optimizer, self.device = args, model, optimizer, next(model.parameters()).device
         type(self).last = self
-        self.steps, self.streams, self.records, self.rivals, self.peak, self.rival_peak = [], [], [], [], 0, 0
+        self.steps, self.streams, self.records, self.rivals = [], [], [], []
+        parts = [model] * (2 if args.method == "awp" else 1)  # its perturbation counts as another model
+        self.memory = Memory(self.device, parts, [optimizer])
         self.recorded, self.settings, self.folder, self.epoch, self.log = (), vars(args), Path(args.data_dir), 0, []
         self.began = time.perf_counter()
 
@@ -92,26 +125,22 @@ class Stopwatch(common.Run):
         self.model._compiled_call_impl = compiled
         self.flops, self.passes = whole.flops, whole.flops / forward.flops
         for step in range(self.warmup + self.repeats):
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-            begin = clock(self.device)
-            x, y = next(stream)
-            ready = clock(self.device)
-            yield x, y
-            end = clock(self.device)
-            if self.device.type == "cuda":
-                self.peak = torch.cuda.max_memory_allocated(self.device)
-                torch.cuda.reset_peak_memory_stats(self.device)
+            with self.memory:
+                begin = clock(self.device)
+                x, y = next(stream)
+                ready = clock(self.device)
+                yield x, y
+                end = clock(self.device)
             if step >= self.warmup:
                 self.streams.append(ready - begin)
                 self.steps.append(end - begin)
             if self.rival:
-                begin = clock(self.device)
-                self.rival.step(x.contiguous(), y)
+                with self.rival.memory, as_released(self.device):
+                    begin = clock(self.device)
+                    self.rival.step(x.contiguous(), y)
+                    end = clock(self.device)
                 if step >= self.warmup:
-                    self.rivals.append(clock(self.device) - begin)
-                if self.device.type == "cuda":
-                    self.rival_peak = torch.cuda.max_memory_allocated(self.device)
+                    self.rivals.append(end - begin)
 
     def record(self, *means):
         begin = time.perf_counter()  # no waiting for the device: on a GPU this is the host's share
@@ -124,7 +153,7 @@ class Stopwatch(common.Run):
             begin = clock(self.device)
             metrics = common.evaluate(self.model, data.x_test[:1000], data.y_test[:1000], eps=self.args.eps,
                                       batch_size=self.args.batch_size, **common.MONITOR_ATTACK)
-            self.monitor = clock(self.device) - begin
+            self.monitor = (clock(self.device) - begin) * 1000 / metrics["n"]
         begin = clock(self.device)
         self.images, self.train_seconds = self.args.batch_size * self.repeats, sum(self.steps)
         self.means = torch.stack(self.history).mean(0).tolist()
@@ -146,7 +175,6 @@ class Rival:
         if method not in (("awp",) if folder != path else ("trades", "at") if is_paper else ("trades",)):
             raise common.UserError(f"--rival {path} has no training step for --methods {method}")
         sys.path.insert(0, str(folder))
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         arch, depth, width = network
 
         def build():
@@ -155,6 +183,7 @@ class Rival:
             network_class = importlib.import_module("models.wideresnet").WideResNet
             return network_class(depth=depth, num_classes=classes, widen_factor=width).to(device)
         self.model = build()
+        models = [self.model]
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9, weight_decay=2e-4)
         if folder == path:
             name, function = ("attacks.pgd", "madry_loss") if method == "at" else ("trades", "trades_loss")
@@ -168,9 +197,10 @@ class Rival:
                 self.optimizer.step()
             self.step = step
         else:
-            self.step = self._awp_step(folder, build(), device, attack_steps, eps, step_size, beta)
+            models.append(build())
+            self.step = self._awp_step(folder, models[1], device, attack_steps, eps, step_size, beta)
         sys.path.remove(str(folder))
-        self.static = (torch.cuda.memory_allocated(device) if device.type == "cuda" else 0) - before
+        self.memory = Memory(device, models, [self.optimizer])
 
     def _awp_step(self, folder, proxy, device, attack_steps, eps, step_size, beta):
         """AWP's script trains when imported, so its functions are taken out of it and run as they are."""
@@ -202,7 +232,8 @@ def measure(method, network, execution, args, device, peak):
     script = importlib.import_module(f"train_{method}")
     defaults = common.training_parser("", method)
     eps, step_size, beta = (defaults.get_default(name) for name in ("eps", "step_size", "beta"))
-    Stopwatch.repeats, Stopwatch.warmup, Stopwatch.rival = args.repeats, args.warmup, None
+    Stopwatch.repeats, Stopwatch.warmup, Stopwatch.rival, Stopwatch.last = args.repeats, args.warmup, None, None
+    gc.collect()  # the last measurement's networks
     if args.rival:
         Stopwatch.rival = Rival(args.rival, method, network, 10, device, args.steps, eps, step_size, beta)
     argv = ["--dataset", "noise", "--data-dir", args.folder, "--arch", arch, "--depth", depth, "--width", width,
@@ -221,15 +252,13 @@ def measure(method, network, execution, args, device, peak):
               "minutes_per_50000_images": 50000 / args.batch_size * median / 60, "monitor_seconds": watch.monitor,
               "passes": round(watch.passes, 2), "share_of_peak": watch.flops / median / peak}
     if device.type == "cuda":
-        static = watch.rival.static if watch.rival else 0
-        result["peak_memory_gb"] = (watch.peak - static) / 1e9
+        result["peak_memory_gb"] = watch.memory.peak
     if watch.rival:
         result["rival"] = args.rival.name
         result["rival_seconds_per_step"] = statistics.median(watch.rivals)
         result["ratio"] = statistics.median(rival / ours for rival, ours in zip(watch.rivals, watch.steps))
         if device.type == "cuda":
-            own = sum(t.numel() * t.element_size() for t in (*watch.model.parameters(), *watch.model.buffers()))
-            result["rival_peak_memory_gb"] = (watch.rival_peak - 2 * own) / 1e9  # our weights and momentum lie there too
+            result["rival_peak_memory_gb"] = watch.rival.memory.peak
     return result
 
 

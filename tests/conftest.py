@@ -1,9 +1,15 @@
-"""Puts the repository's root on the path, so that the tests run from anywhere and need no installation."""
+"""Puts the repository's root on the path, so that the tests run from anywhere and need no installation.
+
+Tests run on the CPU even where there is a GPU: several compare two runs to the last bit, which only a CPU promises.
+"""
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch is imported; processes that a test starts inherit it
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
