@@ -427,6 +427,7 @@ def group(rows):
 def draw(path, figure_of, height, *content):
     matplotlib = optional("matplotlib", "--plot")
     optional("matplotlib.figure", "--plot")
+    image_module = optional("PIL.Image", "--plot")  # comes with matplotlib
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
              "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False,
              "lines.linewidth": 1.2}
@@ -435,7 +436,9 @@ def draw(path, figure_of, height, *content):
         figure_of(figure, *content)
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=200)
-    common.write_file(path, image.getbuffer())
+    small = io.BytesIO()
+    image_module.open(image).convert("RGB").quantize(128).save(small, format="png", optimize=True)  # a quarter of the size
+    common.write_file(path, small.getbuffer())
     say(str(path))
 
 
