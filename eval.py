@@ -485,7 +485,7 @@ def width_figure(figure, rows, attack):
             axes.errorbar([shift * row["width"] for row in line], value, np.abs([value - low, high - value]),
                           color=colour, marker=marker, markersize=4, capsize=2, label=f"λ = {beta:g}")
         axes.set(ylabel=f"{METRICS[key]} (%)" if key in METRICS else "local Lipschitzness")
-    panels[0].legend(ncols=4)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     widths = sorted({row["width"] for row in rows})
     panels[-1].set(xlabel=f"width ({attack})", xscale="log", xticks=widths, xticklabels=widths)
     panels[-1].minorticks_off()
