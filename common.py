@@ -72,14 +72,13 @@ def load_data(name, data_dir, device, train_size=None, seed=0):
             raise UserError(f"--train-size {train_size}: {source} has {len(x_train)} training images")
         subset = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(seed))[:train_size].numpy()
         x_train, y_train = x_train[subset], y_train[subset]
+    return Data(*to_tensors(x_train, y_train, device), *to_tensors(x_test, y_test, device), classes)
 
-    def images(x):  # channels_last in memory, as the networks want it
-        return torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).to(device)
 
-    def labels(y):
-        return torch.from_numpy(y.astype(np.int64)).to(device)
-
-    return Data(images(x_train), labels(y_train), images(x_test), labels(y_test), classes)
+def to_tensors(x, y, device):
+    """uint8 [N, H, W, 3] and integer [N] arrays → [N, 3, H, W] (channels_last in memory) and int64 [N] on the device."""
+    images = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
+    return images.to(device), torch.from_numpy(y.astype(np.int64)).to(device)
 
 
 def _read_npz(path):

@@ -400,11 +400,12 @@ def plot(args, results):
     folder = Path(args.plot)
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder / "schedules.png", schedules_figure, 1.9)
+    merged = merge_seeds(results)
     for name in dict.fromkeys(map(column, results)):
-        rows = [row for row in (merge_seeds(results) if args.merge_seeds else results) if column(row) == name]
+        rows = [row for row in (merged if args.merge_seeds else results) if column(row) == name]
         label = name.lower().replace(" ", "-").replace("×", "x")
         draw(folder / f"metrics-{label}.png", metrics_figure, 0.75 + 0.42 * len(rows), rows, name)
-        groups = group([row for row in merge_seeds(results) if column(row) == name and row.get("beta") is not None])
+        groups = group([row for row in merged if column(row) == name and row.get("beta") is not None])
         for key, runs in groups.items():
             if len({row["width"] for row in runs}) > 1:
                 draw(folder / f"width-{label}-{key}.png", width_figure, 5.4, runs, name)

@@ -80,9 +80,7 @@ def load_extra(path, data):
                         f"not {x.dtype} {list(x.shape)}")
     if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),) or y.min() < 0 or y.max() >= data.classes:
         raise UserError(f"--extra-data {path}: {labels!r} must be {len(x)} integers in 0..{data.classes - 1}")
-    device = data.x_train.device
-    return (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).to(device),
-            torch.from_numpy(y.astype(np.int64)).to(device))
+    return common.to_tensors(x, y, data.x_train.device)
 
 
 def mixed_batches(data, x_extra, y_extra, batch_size, fraction):

@@ -80,8 +80,8 @@ def as_released(device):
 class Memory:
     """The peak of a party's own CUDA memory in GB: what the other party holds meanwhile does not count."""
 
-    def __init__(self, device, models, optimizers=()):
-        self.device, self.models, self.optimizers, self.peak = device, models, optimizers, None
+    def __init__(self, device, models, optimizer):
+        self.device, self.models, self.optimizer = device, models, optimizer
 
     def __enter__(self):
         if self.device.type == "cuda":
@@ -89,7 +89,7 @@ class Memory:
             self.before = torch.cuda.memory_allocated(self.device)
             tensors = [t for model in self.models for p in model.parameters() for t in (p, p.grad)]
             tensors += [buffer for model in self.models for buffer in model.buffers()]
-            tensors += [t for optimizer in self.optimizers for state in optimizer.state.values() for t in state.values()]
+            tensors += [t for state in self.optimizer.state.values() for t in state.values()]
             self.held = sum(t.nbytes for t in tensors if torch.is_tensor(t))
 
     def __exit__(self, *_):
@@ -107,7 +107,7 @@ class Stopwatch(common.Run):
         type(self).last = self
         self.steps, self.streams, self.records, self.rivals = [], [], [], []
         parts = [model] * (2 if args.method == "awp" else 1)  # its perturbation counts as another model
-        self.memory = Memory(self.device, parts, [optimizer])
+        self.memory = Memory(self.device, parts, optimizer)
         self.recorded, self.settings, self.folder, self.epoch, self.log = (), vars(args), Path(args.data_dir), 0, []
         self.began = time.perf_counter()
 
@@ -200,7 +200,7 @@ class Rival:
             models.append(build())
             self.step = self._awp_step(folder, models[1], device, attack_steps, eps, step_size, beta)
         sys.path.remove(str(folder))
-        self.memory = Memory(device, models, [self.optimizer])
+        self.memory = Memory(device, models, self.optimizer)
 
     def _awp_step(self, folder, proxy, device, attack_steps, eps, step_size, beta):
         """AWP's script trains when imported, so its functions are taken out of it and run as they are."""

@@ -479,6 +479,21 @@ def test_the_folder_holds_what_the_readme_promises(data_dir):
     assert metrics["robust_accuracy"] <= min(metrics["natural_accuracy"], metrics["perturbation_stability"])
 
 
+def test_the_final_test_can_be_of_a_random_subset_the_same_in_every_run(data_dir):
+    data = common.load_data("tiny", data_dir, torch.device("cpu"))
+    chosen = data.test_subset(20)
+    assert len(set(chosen.tolist())) == 20 and not chosen.equal(torch.arange(20)) and chosen.equal(data.test_subset(20))
+    assert data.test_subset(None).equal(torch.arange(41))
+    out = data_dir / "run"
+    train_trades.main([*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "1", "--test-size", "20",
+                       "--out", str(out)])
+    metrics = json.loads((out / "metrics.json").read_text())
+    model = common.build_model("wrn", 10, 1, data.classes)
+    common.load_weights(model, common.read_checkpoint(out / "last.pt")["model"], "last.pt")
+    right = common.predict(model, common.to_float(data.x_test[chosen])) == data.y_test[chosen]
+    assert metrics["n"] == 20 and metrics["natural_accuracy"] == pytest.approx(right.float().mean().item())
+
+
 def test_best_is_the_epoch_of_highest_monitored_robust_accuracy(data_dir, monkeypatch):
     robust = iter([0.1, 0.4, 0.3, 0.4, 0.2])
     monkeypatch.setattr(common, "evaluate", lambda *args, **kwargs: {
