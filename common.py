@@ -1,19 +1,27 @@
-"""What every experiment shares: data, models, attacks, schedules, metrics and run bookkeeping.
+"""What every experiment shares: data, networks, attacks, schedules, metrics and the run folder.
 
-No method lives here. A training script reads top to bottom as its experiment and calls this file for everything
-that is not the method. Images are [N, 3, H, W]: uint8 while stored on the device, float32 in [0, 1] once batched.
+No method lives here: a training script reads top to bottom as its experiment and calls this file for all
+that is not the method. Images are [N, 3, H, W]: uint8 while stored on the device, float32 once batched.
 """
 import argparse
+import ast
+import codecs
 import contextlib
+import copy
+import datetime
+import fcntl
+import hashlib
 import io
 import json
 import math
 import os
+import pickle
+import re
 import shutil
-import signal
 import sys
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +29,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-MONITOR_ATTACK = {"step_size": 0.007, "steps": 20}  # every epoch, as the paper's training code does
-REPORT_ATTACK = {"step_size": 0.003, "steps": 20}   # the numbers that are reported
-
 
 class UserError(Exception):
     """A mistake of the user's: `launch` prints it as one line and ends with exit status 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------- data
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Data:
     classes: int
 
     def test_subset(self, n):
-        """Indices of n random test images, the same ones in every run; of all of them, in order, if n is None."""
+        """Indices of n random test images, the same ones in every run; of all in order if n is None."""
         if n is None:
             return torch.arange(len(self.x_test))
         return torch.randperm(len(self.x_test), generator=torch.Generator().manual_seed(0))[:n]
@@ -50,9 +55,9 @@ class Data:
 def load_data(name, data_dir, device, train_size=None, seed=0):
     """The data set `name` as a `Data` on `device`.
 
-    DATA_DIR/NAME.npz if it is there (x_train, y_train, x_test, y_test; images uint8 [N, H, W, 3], the layout Keras
-    uses); else "synthetic" is generated, and "cifar10" and "cifar100" come from torchvision, which downloads them.
-    `train_size` keeps a random subset of the training images, drawn with `seed`. Raises UserError.
+    DATA_DIR/NAME.npz if it is there (x_train, y_train, x_test, y_test; images uint8 [N, H, W, 3], the layout
+    Keras uses); else "synthetic" is generated, and "cifar10" and "cifar100" come from torchvision, which
+    downloads them. `train_size` keeps a random subset of the training images. Raises UserError.
     """
     path = Path(data_dir) / f"{name}.npz"
     if path.exists():
@@ -62,21 +67,22 @@ def load_data(name, data_dir, device, train_size=None, seed=0):
     elif name in ("cifar10", "cifar100"):
         arrays, source = _torchvision_cifar(name, data_dir, path), str(data_dir)
     else:
-        raise UserError(f"no data set {name!r}: {path} is missing; the built-in names are cifar10, cifar100, synthetic")
+        raise UserError(f"no data set {name!r}: {path} is missing; built in: cifar10, cifar100, synthetic")
     x_train, y_train, x_test, y_test = _checked(arrays, source)
-    classes = {"cifar10": 10, "cifar100": 100}.get(name, int(y_train.max()) + 1)
-    if max(y_train.max(), y_test.max()) >= classes or min(y_train.min(), y_test.min()) < 0:
-        raise UserError(f"{source}: labels must lie in 0..{classes - 1}")
+    classes = {"cifar10": 10, "cifar100": 100}.get(name, max(int(y_train.max()) + 1, 1))
+    low, high = (int(of(of(y_train), of(y_test))) for of in (min, max))
+    if low < 0 or high >= classes:
+        raise UserError(f"{source}: labels must lie in 0..{classes - 1}; found {low}..{high}")
     if train_size:
         if train_size > len(x_train):
             raise UserError(f"--train-size {train_size}: {source} has {len(x_train)} training images")
-        subset = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(seed))[:train_size].numpy()
-        x_train, y_train = x_train[subset], y_train[subset]
+        order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(seed)).numpy()
+        x_train, y_train = x_train[order[:train_size]], y_train[order[:train_size]]
     return Data(*to_tensors(x_train, y_train, device), *to_tensors(x_test, y_test, device), classes)
 
 
 def to_tensors(x, y, device):
-    """uint8 [N, H, W, 3] and integer [N] arrays → [N, 3, H, W] (channels_last in memory) and int64 [N] on the device."""
+    """uint8 [N, H, W, 3], integer [N] arrays → [N, 3, H, W] (channels_last) and int64 [N], on the device."""
     images = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
     return images.to(device), torch.from_numpy(y.astype(np.int64)).to(device)
 
@@ -112,25 +118,25 @@ def _torchvision_cifar(name, data_dir, npz):
     try:
         splits = [dataset(str(data_dir), train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, no space, a broken archive: urllib, OSError or RuntimeError
-        raise UserError(f"no {npz} or {Path(data_dir) / dataset.base_folder}, and the download failed ({error}); "
-                        f"put the data there, or try --dataset synthetic") from None
+        raise UserError(f"no {npz} or {Path(data_dir) / dataset.base_folder}, and the download failed "
+                        f"({error}); put the data there, or try --dataset synthetic") from None
     return {f"{letter}_{split}": array for split, part in zip(("train", "test"), splits)
             for letter, array in (("x", part.data), ("y", np.array(part.targets)))}
 
 
 def synthetic(n_train=5000, n_test=500, seed=0):
-    """Ten classes of 32×32 images: a bold cue that is only sometimes right, faint ones that are (Tsipras et al. 2019).
+    """Ten classes of 32×32 images: a bold cue that is often right, faint ones that are (Tsipras et al. 2019).
 
-    On grey noise lie a square of one of ten colours, amplitude 0.25 and right 80 % of the time, and two class textures:
-    one fainter than ε = 0.031 and always right, one a little stronger than ε and right 90 % of the time. Plain training
-    lives on the first texture and is not robust at all; the larger β, the more a network relies on the square. Returns
-    the arrays of an .npz (`load_data`).
+    On grey noise lie a square of one of ten colours, amplitude 0.25 and right 80 % of the time, and two class
+    textures: one fainter than ε = 0.031 and always right, one a little stronger than ε and right 90 % of the
+    time. Plain training lives on the first texture and is not robust at all; the larger β, the more a network
+    relies on the square. Returns the arrays of an .npz (`load_data`).
     """
     rng = np.random.default_rng(seed)
     corners = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3), -1).reshape(27, 3)
     colours = rng.permutation(corners[corners.any(1)])[:10]                                    # [10, 3]
     tiles = rng.choice([-1.0, 1.0], (2, 10, 4, 2, 3))
-    textures = np.tile(np.concatenate([tiles, tiles[:, :, :, ::-1]], 3), (8, 8, 1))            # mirror-symmetric
+    textures = np.tile(np.concatenate([tiles, tiles[:, :, :, ::-1]], 3), (8, 8, 1))  # mirror-symmetric
 
     def split(n):
         y = rng.integers(0, 10, n)
@@ -143,7 +149,8 @@ def synthetic(n_train=5000, n_test=500, seed=0):
             x += amplitude * texture[shown(right)]
         (top, left), pixel = rng.integers(4, 17, (2, n, 1)), np.arange(32)
         rows, columns = (pixel >= top) & (pixel < top + 12), (pixel >= left) & (pixel < left + 12)
-        x += (rows[:, :, None] & columns[:, None, :])[..., None] * 0.25 * colours[shown(0.8)][:, None, None, :]
+        square = (rows[:, :, None] & columns[:, None, :])[..., None]
+        x += square * 0.25 * colours[shown(0.8)][:, None, None, :]
         return np.uint8(np.clip(x, 0, 1) * 255 + 0.5), y
 
     x_train, y_train = split(n_train)
@@ -162,46 +169,116 @@ def crop_flip(images, top, left, flip, padding=4):
     images [N, 3, H, W]; top, left [N] in 0..2·padding (`padding` is the centre); flip [N] bool.
     """
     n, _, height, width = images.shape
-    rows = top[:, None] + torch.arange(height, device=images.device)                           # [N, H]
+    rows = top[:, None] + torch.arange(height, device=images.device)                          # [N, H]
     columns = torch.arange(width, device=images.device).expand(n, width)
-    columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)         # [N, W]
-    padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)                                  # [N, H+2p, W+2p, 3]
+    columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)        # [N, W]
+    padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)                          # [N, H+2p, W+2p, 3]
     index = torch.arange(n, device=images.device)[:, None, None]
     return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def random_crop_flip(images, padding=4):
-    """Random crop (zero padding) and horizontal flip, drawn for each image by itself, on the images' device."""
+def random_crop_flip(images, flip=True, padding=4):
+    """Random crop (zero padding) and, with `flip`, mirroring, drawn for each image, on the images' device."""
     n, device = len(images), images.device
     top, left = torch.randint(0, 2 * padding + 1, (2, n), device=device)
-    return crop_flip(images, top, left, torch.rand(n, device=device) < 0.5, padding)
+    return crop_flip(images, top, left, torch.rand(n, device=device) < 0.5 * flip, padding)
 
 
-def batches(x, y, batch_size, augment=True):
-    """One epoch: x uint8 [N, 3, H, W] and y [N] in a fresh order, as (float32 in [0, 1], labels) batches.
+def batches(x, y, batch_size, flip=True):
+    """One epoch: x uint8 [N, 3, H, W] and y [N] in a fresh order, augmented, as (float32 in [0, 1], labels).
 
-    All batches have the same size, so that compiled code sees one shape: what is left over after the last full
-    batch is dropped, other images each epoch. Nothing here waits for the device.
+    All batches have the same size, so that compiled code sees one shape: what is left over after the last
+    full batch is dropped, other images each epoch. Nothing here waits for the device.
     """
     order = torch.randperm(len(x), device=x.device)
     for index in order.split(batch_size)[:steps_per_epoch(len(x), batch_size)]:
-        images = x[index]
-        yield to_float(random_crop_flip(images) if augment else images), y[index]
+        yield to_float(random_crop_flip(x[index], flip)), y[index]
 
 
 def steps_per_epoch(n, batch_size):
     return max(n // batch_size, 1)
 
 
-# -------------------------------------------------------------------------------------------------------- models
+def _builtin_dtype(name, *_):
+    """np.dtype(name) for numbers, uncopied: a pickle could alter a copy and pass bytes off as objects."""
+    if np.dtype(name).kind not in "biuf":
+        raise pickle.UnpicklingError(f"it asks for dtype {name}")
+    return np.dtype(name)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads NumPy arrays of numbers and builtin containers and refuses all else: no file can run code."""
+
+    parts = {part.__name__: part for part in (
+        np.ndarray, np.uint8(0).__reduce__()[0],                                # scalar
+        np.zeros(1).__reduce_ex__(2)[0], np.zeros(1).__reduce_ex__(5)[0])}      # _reconstruct, _frombuffer
+    parts["dtype"] = _builtin_dtype
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "numpy" and name in self.parts:
+            return self.parts[name]
+        if (module, name) == ("_codecs", "encode"):
+            return codecs.encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which arrays do not need")
+
+
+def load_extra(path, data):
+    """Extra training images and (pseudo-)labels, uint8 [M, 3, H, W] and int64 [M], on the device of `data`.
+
+    FILE.npz holds `image` and `label`; another name is read as RST's pickle, `data` and
+    `extrapolated_targets`. The images must be uint8 [M, H, W, 3] of the size that `data` has, the labels
+    among its classes, or UserError.
+    """
+    images, labels = ("image", "label") if path.endswith(".npz") else ("data", "extrapolated_targets")
+    try:
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as file:
+                x, y = file[images], file[labels]
+        else:
+            with open(path, "rb") as file:
+                content = ArrayUnpickler(file).load()
+            x, y = np.asarray(content[images]), np.asarray(content[labels])
+    except Exception as error:  # a broken or hostile file fails in many ways
+        raise UserError(f"--extra-data {path} must hold arrays {images!r} and {labels!r}; reading failed "
+                        f"with {type(error).__name__}: {error}") from None
+    height, width = data.x_train.shape[2:]
+    if x.dtype != np.uint8 or x.shape[1:] != (height, width, 3) or len(x) == 0:
+        raise UserError(f"--extra-data {path}: {images!r} must be uint8 [M, {height}, {width}, 3], "
+                        f"not {x.dtype} {list(x.shape)}")
+    integers = np.issubdtype(y.dtype, np.integer) and y.shape == (len(x),)
+    if not integers or y.min() < 0 or y.max() >= data.classes:
+        raise UserError(f"--extra-data {path}: {labels!r} must be {len(x)} integers in 0..{data.classes - 1}")
+    return to_tensors(x, y, data.x_train.device)
+
+
+def mixed_batches(data, x_extra, y_extra, batch_size, fraction, flip=True):
+    """`batches` with a share `fraction` of extra images; as many batches as the labelled images alone make.
+
+    Both kinds are drawn without replacement, anew each epoch, and over again once all have come. (The RST
+    release draws the extra ones with replacement; of 500,000 it takes 25,000 an epoch, so few come twice.)
+    """
+    steps = steps_per_epoch(len(data.x_train), batch_size)
+    extra = round(fraction * batch_size)
+
+    def draw(n, share):  # [steps, share] indices of n images
+        orders = [torch.randperm(n, device=x_extra.device) for _ in range(1 + steps * share // n)]
+        return torch.cat(orders)[:steps * share].view(steps, share)
+
+    for labelled, pseudo in zip(draw(len(data.x_train), batch_size - extra), draw(len(x_extra), extra)):
+        x = torch.cat([data.x_train[labelled], x_extra[pseudo]])  # the order inside a batch has no effect
+        yield to_float(random_crop_flip(x, flip)), torch.cat([data.y_train[labelled], y_extra[pseudo]])
+
+
+# --------------------------------------------------------------------------------------------------- networks
 
 
 def conv_bn(conv, bn, x):
-    """bn(conv(x)), conv without bias; in eval mode one convolution, with the BatchNorm folded into its weights."""
+    """bn(conv(x)), conv without bias; in eval mode one convolution, the BatchNorm folded into its weights."""
     if bn.training:
         return bn(conv(x))
     scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-    return F.conv2d(x, conv.weight * scale.view(-1, 1, 1, 1), bn.bias - bn.running_mean * scale, conv.stride, conv.padding)
+    weight, bias = conv.weight * scale.view(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
 class _Block(nn.Module):
@@ -257,10 +334,10 @@ class _Stage(nn.Module):
 
 
 class Network(nn.Module):
-    """Images [N, 3, H, W] in [0, 1] → logits [N, classes]; a subclass gives `conv1`, `stages()`, `bn1` and `fc`.
+    """Images [N, 3, H, W] in [0, 1] → logits [N, classes]; a subclass has `conv1`, `stages()`, `bn1`, `fc`.
 
-    With `precision = "bf16"` the convolutions between the first and the classifier run in bfloat16. Pixels and
-    logits stay float32: in bfloat16 the step of a pixel near 1 is 0.004, an eighth of ε.
+    With `precision = "bf16"` the convolutions between the first and the classifier run in bfloat16. Pixels
+    and logits stay float32: in bfloat16 the step of a pixel near 1 is 0.004, an eighth of ε.
     """
 
     precision = "fp32"
@@ -288,7 +365,7 @@ class Network(nn.Module):
 
 
 class WideResNet(Network):
-    """WideResNet-depth-width for small images; depth = 6n + 4. Parameter names are those of the TRADES release."""
+    """WideResNet-depth-width for small images; depth = 6n + 4. Parameter names as in the TRADES release."""
 
     def __init__(self, depth, width, classes):
         super().__init__()
@@ -307,7 +384,7 @@ class WideResNet(Network):
 
 
 class DenseNet(Network):
-    """DenseNet-BC-depth with growth rate k for small images; depth = 6n + 4, compression 0.5, first conv 2k."""
+    """DenseNet-BC-depth, growth rate k, for small images; depth = 6n + 4, compression 0.5, first conv 2k."""
 
     def __init__(self, depth, growth_rate, classes):
         super().__init__()
@@ -334,25 +411,33 @@ def _layers_per_stage(depth):
     return (depth - 4) // 6
 
 
+# --arch → class(depth, width, classes); width: widening factor, growth rate. A new network is one more entry.
+NETWORKS = {"wrn": WideResNet, "densenet": DenseNet}
+
+
 def build_model(arch, depth, width, classes):
-    """A freshly initialised network: arch "wrn" (width = widening factor) or "densenet" (width = growth rate)."""
-    return {"wrn": WideResNet, "densenet": DenseNet}[arch](depth, width, classes)
+    """A freshly initialised network of NETWORKS."""
+    return NETWORKS[arch](depth, width, classes)
 
 
 def load_weights(model, state, source):
-    """Load a state_dict of our own or the published layout into `model`; UserError if it is another network's.
+    """Load a state_dict, of ours or published, into `model`; UserError if it is another network's.
 
     A `module.` prefix (DataParallel) and the unused `sub_block1.*` of the TRADES networks are dropped.
     """
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
     own = model.state_dict()
-    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    wrong = [key for key in wrong if not key.endswith("num_batches_tracked")] + [key for key in state if key not in own]
+    wrong = [key for key in own if not key.endswith("num_batches_tracked")
+             and (key not in state or state[key].shape != own[key].shape)]
+    wrong += [key for key in state if key not in own]
     if wrong:
-        raise UserError(f"{source} holds another network: {len(wrong)} of its parameters are missing, unknown or of "
+        raise UserError(f"{source} holds another network: {len(wrong)} parameters are missing, unknown or of "
                         f"another shape, {wrong[0]} first; check --arch, --depth, --width and the classes")
     model.load_state_dict(state, strict=False)
+
+
+# -------------------------------------------------------------------------------------------------- execution
 
 
 def pick_device(name):
@@ -369,52 +454,54 @@ def pick_device(name):
     return device
 
 
-def pick_precision(choice, device):
-    """"auto" → "bf16" where the hardware multiplies bfloat16 natively, else "fp32"."""
-    if choice != "auto":
-        return choice
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    native = [getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bf16" if any(native) else "fp32"
+def set_execution(model, device, precision, compile, images):
+    """Decide how `model` runs on `device`, in place; returns it in words: "bf16, channels_last, eager", say.
 
-
-def execute(model, device, precision="auto", compile="auto"):
-    """Decide how `model` runs on `device`, in place; returns what was picked, e.g. "bf16, channels_last, eager".
-
-    The only place that decides it. "fp32" without compilation is the exact reference: no TF32.
+    precision "auto" takes what is faster for this network on this machine, measured on `images`, a uint8
+    batch on the device. "fp32" without compilation is the exact reference: no TF32.
     """
-    model.precision = pick_precision(precision, device)
     model.to(device, memory_format=torch.channels_last)
-    compiled = device.type == "cuda" if compile == "auto" else compile == "on"
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0
+        if hasattr(torch.backends.cudnn, "conv"):  # convolutions use TF32 by default, matrix products do not
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+        else:  # before PyTorch 2.9
+            torch.backends.cudnn.allow_tf32 = False
+    measured = ""
+    if precision == "auto":
+        seconds = measure_precisions(model, images)
+        precision = min(seconds, key=seconds.get)
+        measured = " (an attack step takes {fp32:.3g} s in fp32, {bf16:.3g} s in bf16)".format(**seconds)
+    model.precision = precision
+    compiled = device.type == "cuda" if compile == "auto" else compile == "on"
     if compiled:
         torch.compiler.reset()  # makes room: few graphs are kept for all the networks of a process together
         model.compile(dynamic=False)
-    return f"{model.precision}, channels_last, {'compiled' if compiled else 'eager'}"
+    how = "compiled in the first two steps, which takes a minute or so" if compiled else "eager"
+    return f"{precision}{measured}, channels_last, {how}"
 
 
-# ------------------------------------------------------------------------------------------------------- attacks
+def measure_precisions(model, images, budget=0.2):
+    """Seconds of an attack step (forward, backward to the input) in fp32 and bf16, best of three in turns.
 
+    On as many of `images` as fp32 handles in about `budget` seconds: a slow machine does not wait long.
+    """
+    def step(precision, n):
+        model.precision, x = precision, to_float(images[:n]).requires_grad_()
+        begin = time.perf_counter()
+        with attack_mode(model), torch.enable_grad():
+            gradient, = torch.autograd.grad(model(x).sum(), x)
+        gradient[0, 0, 0, 0].item()  # waits for the device
+        return time.perf_counter() - begin
 
-def cross_entropy_to(y):
-    """The attack loss of adversarial training and of every report: cross-entropy of labels y [N], summed."""
-    return lambda logits: F.cross_entropy(logits, y, reduction="sum")
-
-
-def kl_to(p):
-    """TRADES' attack loss: KL(p ‖ softmax(logits)) of clean probabilities p [N, classes], summed."""
-    return lambda logits: F.kl_div(F.log_softmax(logits, 1), p, reduction="sum")
-
-
-def margin_to(y):
-    """The Carlini-Wagner margin: the best wrong logit minus the right one, summed."""
-    def loss(logits):
-        wrong = logits.scatter(1, y[:, None], -math.inf).amax(1)
-        return (wrong - logits.gather(1, y[:, None])[:, 0]).sum()
-    return loss
+    n, kept = min(8, len(images)), model.precision
+    step("fp32", n)  # the first pass of all also loads and allocates
+    while n < len(images) and step("fp32", n) < budget / 2:
+        n = min(2 * n, len(images))
+    step("bf16", n)
+    rounds = [{precision: step(precision, n) for precision in ("fp32", "bf16")} for _ in range(3)]
+    model.precision = kept
+    return {precision: min(round[precision] for round in rounds) for precision in ("fp32", "bf16")}
 
 
 @contextlib.contextmanager
@@ -434,6 +521,81 @@ def attack_mode(model):
             parameter.requires_grad_(True)
 
 
+@contextlib.contextmanager
+def exact_precision(model):
+    """Run a `Network` in float32 inside."""
+    precision, model.precision = model.precision, "fp32"
+    try:
+        yield
+    finally:
+        model.precision = precision
+
+
+@contextlib.contextmanager
+def fixed_seed(seed, device):
+    """Random numbers drawn inside start from `seed`; the outer streams go on as if nothing had happened."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        (torch.cuda.manual_seed_all if device.type == "cuda" else torch.default_generator.manual_seed)(seed)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------- attacks
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What defines an attack, wherever one is: command line, training, log, metrics.json, tables and figures.
+
+    Written as `asdict(attack)` under the key "attack". eps and step_size in pixel range [0, 1]. "kl" is the
+    attack of TRADES; "autoattack" (eval.py) has neither steps nor a start.
+    """
+    loss: str = "cross-entropy"  # or "margin", "kl", "autoattack"
+    norm: str = "linf"           # or "l2"
+    eps: float = 0.031
+    step_size: float = 0.003
+    steps: int = 20
+    start: str = "uniform"       # in the ε-ball; or "gaussian", 0.001·N(0, 1); or "none"
+    restarts: int = 1            # a point is stable if its prediction survives all of them
+
+    def title(self):
+        """Such as "PGD-20, ε = 0.031", "CW-20×5 l2, ε = 0.5" or "FGSM, ε = 8/255"."""
+        if self.loss == "autoattack":
+            name = "AutoAttack"
+        elif self.steps == 1 and self.step_size >= self.eps:
+            name = "FGSM"
+        else:
+            name = f"{'CW' if self.loss == 'margin' else 'PGD'}-{self.steps}"
+        name += f"×{self.restarts}" if self.restarts > 1 else ""
+        levels = round(255 * self.eps)
+        eps = f"{levels}/255" if levels and abs(levels / 255 - self.eps) < 1e-9 else f"{self.eps:.4g}"
+        return f"{name}{' l2' if self.norm == 'l2' else ''}, ε = {eps}"
+
+
+MONITOR = Attack(step_size=0.007)  # every epoch, as the paper's training code does
+REPORT = Attack()                  # the numbers that are reported
+
+
+def cross_entropy_to(y):
+    """The attack loss of adversarial training and of every report: cross-entropy of labels y [N], summed."""
+    return lambda logits: F.cross_entropy(logits, y, reduction="sum")
+
+
+def margin_to(y):
+    """The Carlini-Wagner margin: the best wrong logit minus the right one, summed."""
+    def loss(logits):
+        wrong = logits.scatter(1, y[:, None], -math.inf).amax(1)
+        return (wrong - logits.gather(1, y[:, None])[:, 0]).sum()
+    return loss
+
+
+LOSSES = {"cross-entropy": cross_entropy_to, "margin": margin_to}  # of labels
+
+
+def kl_to(p):
+    """TRADES' attack loss: KL(p ‖ softmax(logits)) of clean probabilities p [N, classes], summed."""
+    return lambda logits: F.kl_div(F.log_softmax(logits, 1), p, reduction="sum")
+
+
 def clean_probabilities(model, x):
     """softmax of the clean logits [N, classes], eval mode, no gradient: computed once for a whole attack."""
     with attack_mode(model), torch.no_grad():
@@ -441,7 +603,7 @@ def clean_probabilities(model, x):
 
 
 def perturb_start(x, start, eps, norm):
-    """A copy of x moved to where an attack starts: "uniform" in the ε-ball, "gaussian" (0.001·N(0, 1)), "none"."""
+    """A copy of x at an attack's start: "uniform" in the ε-ball, "gaussian" (0.001·N(0, 1)), "none"."""
     if start == "gaussian":
         return x + 0.001 * torch.randn(x.shape, device=x.device, dtype=x.dtype)
     if start == "none":
@@ -454,7 +616,7 @@ def perturb_start(x, start, eps, norm):
 
 
 def project(x_adv, x, eps, norm):
-    """The nearest point to x_adv in the ε-ball around x (ℓ∞ or ℓ2), then clamped to [0, 1] (x itself is inside)."""
+    """The nearest point to x_adv in the ε-ball around x (ℓ∞ or ℓ2), then clamped to [0, 1], where x is."""
     if norm == "linf":
         return torch.clamp(x_adv, (x - eps).clamp_(min=0), (x + eps).clamp_(max=1))
     delta = x_adv - x
@@ -466,88 +628,106 @@ def _per_image(values):
     return values.view(-1, 1, 1, 1)
 
 
-def pgd(model, x, loss, *, eps, step_size, steps, start="uniform", norm="linf", gradient_norm=None):
+def pgd(model, x, loss, attack, gradient_norm=False):
     """Projected gradient ascent on `loss` in the ε-ball around x and in [0, 1] (Madry et al. 2018).
 
-    x [N, 3, H, W] in [0, 1]; loss maps logits [N, classes] to a scalar, a sum over images (`cross_entropy_to`,
-    `kl_to`, `margin_to` or any callable). Each step adds step_size times the gradient's sign (ℓ∞) or the gradient
-    scaled to unit length (ℓ2), then projects. Returns x̂, the last iterate, detached. The model runs in eval mode;
-    its mode, gradients and buffers are afterwards as before. `gradient_norm` [N], if given, is raised in place to
-    the largest ‖∇_x̂ loss‖₁ met at each image: the paper's training-time proxy of local Lipschitzness.
+    x [N, 3, H, W] in [0, 1]; loss maps logits [N, classes] to a scalar, a sum over images
+    (`cross_entropy_to`, `kl_to`, `margin_to` or any callable). Each step adds step_size times the gradient's
+    sign (ℓ∞) or the gradient scaled to unit length (ℓ2), then projects. Returns x̂, the last iterate,
+    detached. The model runs in eval mode; its mode, gradients and buffers are afterwards as before. With
+    `gradient_norm`, (x̂, the largest ‖∇_x̂ loss‖₁ met at each image [N]): the paper's training-time proxy of
+    local Lipschitzness.
     """
-    x_adv = perturb_start(x, start, eps, norm)
+    x_adv = perturb_start(x, attack.start, attack.eps, attack.norm)
+    largest = torch.zeros(len(x), device=x.device, dtype=x.dtype)
     with attack_mode(model), torch.enable_grad():
-        for _ in range(steps):
+        for _ in range(attack.steps):
             x_adv.requires_grad_()
             gradient, = torch.autograd.grad(loss(model(x_adv)), x_adv)
             with torch.no_grad():
-                if gradient_norm is not None:
-                    torch.maximum(gradient_norm, gradient.abs().sum((1, 2, 3)), out=gradient_norm)
-                if norm == "linf":
+                if gradient_norm:
+                    largest = torch.maximum(largest, gradient.abs().sum((1, 2, 3)))
+                if attack.norm == "linf":
                     ascent = gradient.sign()
                 else:
                     ascent = gradient / _per_image(gradient.flatten(1).norm(dim=1).clamp(min=1e-12))
-                x_adv = project(x_adv + step_size * ascent, x, eps, norm)
-    return x_adv if steps else project(x_adv, x, eps, norm)
+                x_adv = project(x_adv + attack.step_size * ascent, x, attack.eps, attack.norm)
+    if not attack.steps:
+        x_adv = project(x_adv, x, attack.eps, attack.norm)
+    return (x_adv, largest) if gradient_norm else x_adv
 
 
-# ----------------------------------------------------------------------------------------------------- schedules
+# -------------------------------------------------------------------------------------------------- schedules
 
 
-def learning_rate(schedule, base, epoch, epochs, milestones=(75, 90, 100)):
-    """The rate of `epoch`, counted from 1, out of `epochs`.
+def exp_decay(done, epochs):
+    """The paper's schedule (App. C): 1, and from epoch 75 of 100 on halved every epoch: 0.5^(e - 74).
 
-    "exp-decay" (the paper, App. C) halves the rate every 1/100 of the run, at least every epoch, from 3/4 of it on:
-    base·0.5^(e - 74) from epoch 75 of 100. "step" multiplies by 0.1 from each of `milestones`, percent of the run
-    (75, 90, 100: TRADES). "cosine" is base·0.5·(1 + cos(π(e - 1)/E)) (RST).
+    A run of another length turns at 3/4 of it and halves every 1/100 of it, but at most once an epoch.
     """
-    if schedule == "cosine":
-        return base * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
-    if schedule == "step":
-        return base * 0.1 ** sum(100 * epoch >= milestone * epochs for milestone in milestones)
-    if 4 * epoch < 3 * epochs:
-        return base
-    return base * 0.5 ** (1 + 25 * (4 * epoch - 3 * epochs) // max(epochs, 100))
+    epoch = _epoch(done, epochs)
+    late = epoch - 0.75 * epochs
+    return 1.0 if late < 0 else 0.5 ** (1 + math.floor(late / max(0.01 * epochs, 1) + 1e-9))
 
 
-# ------------------------------------------------------------------------------------------------------- metrics
+def step(done, epochs, milestones=(0.75, 0.9, 1.0)):
+    """×0.1 from each milestone on: epochs 75, 90 and 100 of 100 (TRADES)."""
+    return 0.1 ** sum(_epoch(done, epochs) >= milestone * epochs for milestone in milestones)
+
+
+def cosine(done, epochs):
+    """0.5·(1 + cos(π·done)) (RST)."""
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _epoch(done, epochs):
+    """The epoch under way, counted from 1 as the releases do; a fraction inside it counts."""
+    return round(done * epochs, 9) + 1
+
+
+# --schedule → factor of the base rate, from the fraction `done` of a run of `epochs` epochs, in [0, 1).
+SCHEDULES = {"exp-decay": exp_decay, "step": step, "cosine": cosine}
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+
+METRICS = ("natural_accuracy", "robust_accuracy", "perturbation_stability")
 
 
 def padded_batches(x, y, batch_size):
-    """(float images, labels, n) over all of x, y in order; the last batch is padded to full size, n images count.
+    """(float images, labels, n) over all of x, y in order; the last batch is padded, n of its images count.
 
-    In eval mode an image does not see its neighbours, so padding changes nothing, and compiled code sees one shape. A CPU,
-    where time goes with the number of images, is spared the padding if all of them together are fewer than a batch.
+    In eval mode an image does not see its neighbours, so padding changes nothing, and compiled code sees one
+    shape. A CPU, whose time goes with the number of images, is spared it if all are fewer than a batch.
     """
     for i in range(0, len(x), batch_size):
         images, labels = x[i:i + batch_size], y[i:i + batch_size]
         n = len(images)
         if n < batch_size and (i > 0 or x.is_cuda):
-            fill = torch.arange(batch_size, device=x.device) % n
-            images, labels = images[fill], labels[fill]
+            images, labels = padded([images, labels], batch_size)
         yield to_float(images), labels, n
 
 
-@contextlib.contextmanager
-def fixed_seed(seed, device):
-    """Random numbers drawn inside start from `seed`; the outer streams go on as if nothing had happened."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def padded(parts, size):
+    """Tensors [n, ...] of one length, repeated from the start to `size` rows."""
+    fill = torch.arange(size, device=parts[0].device) % len(parts[0])
+    return [part[fill] for part in parts]
 
 
-@contextlib.contextmanager
-def exact_precision(model):
-    """Run a `Network` in float32 inside."""
-    precision, model.precision = model.precision, "fp32"
-    try:
-        yield
-    finally:
-        model.precision = precision
+def exact_logits(model, x):
+    """Logits [N, classes] of float images, eval mode, float32, no gradient."""
+    with attack_mode(model), exact_precision(model), torch.no_grad():
+        return model(x)
+
+
+def predict(model, x):
+    """The predicted classes [N] of float images."""
+    return exact_logits(model, x).argmax(1)
 
 
 def three_metrics(y, natural, adversarial):
-    """The paper's metrics (Section 3) from labels y [N] and the predictions f(x), f(x̂) [N], as fractions of all N.
+    """The paper's metrics (Section 3), fractions of all N, from labels y and predictions f(x), f(x̂) [N].
 
     A point is robust exactly when it is correct and stable: robust ≤ min(natural, stability).
     """
@@ -557,44 +737,56 @@ def three_metrics(y, natural, adversarial):
             "perturbation_stability": (adversarial == natural).sum().item() / n}
 
 
-def evaluate(model, x, y, *, eps, step_size, steps, start="uniform", norm="linf", loss=cross_entropy_to,
-             batch_size=128, seed=0):
-    """`three_metrics` of uint8 images x [N, 3, H, W] under `pgd` on loss(y), every image counted once.
+def evaluate(model, stream, attack, seed=0):
+    """(metrics, points): `three_metrics` under `pgd` with this record, and every image's predictions.
 
-    The attack runs as the model is executed (bf16, say); both predictions are made in float32.
+    stream: (x [B, 3, H, W] in [0, 1], y [B], n) as `padded_batches` makes them; the first n of a batch count.
+    points: "label", "natural", "adversarial", int64 [N], in the stream's order. Over restarts "adversarial"
+    is the first prediction that differs from f(x), if any does: a point is finished then, correct or not.
+    The attack runs as the model is executed (bf16, say); all predictions are made in float32.
     """
-    natural, adversarial = [], []
-    with fixed_seed(seed, x.device):
-        for images, labels, n in padded_batches(x, y, batch_size):
-            x_adv = pgd(model, images, loss(labels), eps=eps, step_size=step_size, steps=steps, start=start, norm=norm)
-            natural.append(predict(model, images)[:n])
-            adversarial.append(predict(model, x_adv)[:n])
-    return three_metrics(y, torch.cat(natural), torch.cat(adversarial))
+    points = {"label": [], "natural": [], "adversarial": []}
+    for i, (x, y, n) in enumerate(stream):
+        natural = predict(model, x)
+        adversarial, stable, size = natural.clone(), torch.arange(n, device=x.device), len(x)
+        for restart in range(attack.restarts):
+            rows, = padded([stable], size)
+            with fixed_seed(((1000 * seed + restart) * 10 ** 6 + i) % 2 ** 63, x.device):
+                found = predict(model, pgd(model, x[rows], LOSSES[attack.loss](y[rows]), attack))
+            adversarial[stable] = found = found[:len(stable)]
+            if restart + 1 == attack.restarts:
+                break
+            stable = stable[found == natural[stable]]
+            quarter = math.ceil(len(x) / 4)  # few sizes, because compiled code is made for each
+            size = min(math.ceil(len(stable) / quarter) * quarter, len(x))
+            if not size:
+                break
+        for name, values in ("label", y), ("natural", natural), ("adversarial", adversarial):
+            points[name].append(values[:n])
+        show(f"{attack.title()}: {sum(map(len, points['label'])):,} images")
+    points = {name: torch.cat(values) for name, values in points.items()}
+    return {**three_metrics(*points.values()), "attack": asdict(attack)}, points
 
 
-def predict(model, x):
-    """The predicted classes [N] of float images, eval mode, in float32."""
-    with attack_mode(model), exact_precision(model), torch.no_grad():
-        return model(x).argmax(1)
+def local_lipschitzness(model, stream, attack, seed=0):
+    """Mean over images of the largest ‖f(x) - f(x̂)‖₁ / ‖x - x̂‖∞, x̂ in the ℓ∞ ε-ball, f the logits.
 
-
-def local_lipschitzness(model, x, *, eps, step_size, steps, batch_size=128, seed=0):
-    """Mean over uint8 images x of max over x̂ in the ε-ball of ‖f(x) - f(x̂)‖₁ / ‖x - x̂‖∞, f the logits.
-
-    The definition of Yang et al. 2020 that the paper uses, in float32. The largest ratio met counts: a lower bound. At a
-    fixed distance the ratio rises with its numerator, so signed gradient ascent follows that and stays at the distance:
-    its steps cross the ball, from corner to corner. Which logits rise and which fall makes many local maxima, so four
-    random starts, one of them close to x, share the steps. Units: logits per pixel range.
+    The definition of Yang et al. 2020 that the paper uses, in float32; ε, step size and steps are the
+    record's. The largest ratio met counts: a lower bound. At a fixed distance the ratio rises with its
+    numerator, so signed gradient ascent follows that and stays at the distance: its steps cross the ball,
+    from corner to corner. Which logits rise and which fall makes many local maxima, so four random starts,
+    one of them close to x, share the steps. Units: logits per pixel range.
     """
     largest = []
-    with fixed_seed(seed, x.device), attack_mode(model), exact_precision(model), torch.enable_grad():
-        for images, _, n in padded_batches(x, x[:, 0, 0, 0], batch_size):
+    with attack_mode(model), exact_precision(model), torch.enable_grad():
+        for i, (images, _, n) in enumerate(stream):
             with torch.no_grad():
-                clean, best = model(images), torch.zeros(len(images), device=x.device)
-            for scale in (1, 1, 1, 0.1):
-                radius, stride = scale * eps, scale * steps * step_size
-                x_hat = project(perturb_start(images, "uniform", radius, "linf"), images, radius, "linf")
-                for _ in range(math.ceil(steps / 4) + 1):
+                clean, best = model(images), torch.zeros(len(images), device=images.device)
+            for restart, scale in enumerate((1, 1, 1, 0.1)):
+                radius, stride = scale * attack.eps, scale * attack.steps * attack.step_size
+                with fixed_seed(((1000 * seed + restart) * 10 ** 6 + i) % 2 ** 63, images.device):
+                    x_hat = project(perturb_start(images, "uniform", radius, "linf"), images, radius, "linf")
+                for _ in range(math.ceil(attack.steps / 4) + 1):
                     x_hat.requires_grad_()
                     rise = (model(x_hat) - clean).abs().sum(1)
                     gradient, = torch.autograd.grad(rise.sum(), x_hat)
@@ -606,11 +798,312 @@ def local_lipschitzness(model, x, *, eps, step_size, steps, batch_size=128, seed
     return torch.cat(largest).mean().item()
 
 
-# ----------------------------------------------------------------------------------------------- run bookkeeping
+def monitor(model, data, args, epoch):
+    """`evaluate` on --eval-size test images under MONITOR with --eps; Nones where --eval-every skips one."""
+    if epoch % args.eval_every and epoch != args.epochs:
+        return dict.fromkeys(METRICS)
+    some = data.test_subset(args.eval_size)
+    stream = padded_batches(data.x_test[some], data.y_test[some], args.batch_size)
+    return evaluate(model, stream, replace(MONITOR, eps=args.eps))[0]
+
+
+def report(model, data, args):
+    """For metrics.json: `evaluate` on --test-size images under REPORT, local Lipschitzness of 1,000."""
+    some, attack = data.test_subset(args.test_size), replace(REPORT, eps=args.eps)
+    x, y = data.x_test[some], data.y_test[some]
+    say(f"testing on {len(x):,} images with {attack.title()}")
+    metrics, _ = evaluate(model, padded_batches(x, y, args.batch_size), attack)
+    stream = padded_batches(x[:1000], y[:1000], args.batch_size)
+    lipschitzness = local_lipschitzness(model, stream, attack)
+    return {**metrics, "local_lipschitzness": lipschitzness, "precision": args.precision}
+
+
+def describe(metrics):
+    """The three metrics in words, in percent; nothing for an epoch that was not monitored."""
+    names = zip(("natural", "robust", "stability"), METRICS)
+    return "  ".join(f"{name} {100 * metrics[key]:.2f} %" for name, key in names if metrics[key] is not None)
+
+
+# ------------------------------------------------------------------------------------------------- run folder
+
+
+# What a resumed run may have otherwise.
+MAY_CHANGE = {"out", "data_dir", "device", "workers", "on_bad_image", "restarts", "accept_changed_code"}
+
+
+class Run:
+    """A run folder (args.json, log.jsonl, last.pt, best.pt, metrics.json), resumed if it holds this very run.
+
+        run = Run(args, model, optimizer, images=len(data.x_train))
+        for epoch in run.epochs():
+            for x, y in batches(...):
+                ...
+                run.record(len(x), natural_risk=natural_risk)  # scalars on the device: nothing waits here
+            run.end_epoch(lr=lr, **metrics)                    # a line of the log and a checkpoint
+        run.finish(test)                                       # metrics.json
+
+    It knows epochs, named numbers and files; best.pt is the epoch with the highest `robust_accuracy` given to
+    `end_epoch`. A loop may `break`, `continue` or raise anywhere: what `end_epoch` wrote is what there is.
+    """
+
+    def __init__(self, args, model, optimizer, images):
+        self.args, self.model, self.optimizer, self.images = args, model, optimizer, images
+        self.device = next(model.parameters()).device
+        self.folder = Path(args.out)
+        self.settings = {key: value for key, value in vars(args).items() if key != "out"}
+        self.epoch, self.log, self.steps = 0, [], 0  # the last epoch finished; its and earlier ones' lines
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock(self.folder)
+        if (self.folder / "last.pt").exists():
+            with own_files(self.folder):
+                self._resume()
+        elif (self.folder / "metrics.json").exists():
+            raise UserError(f"{self.folder} holds a finished run without its last.pt; choose another --out")
+        else:  # no epoch was finished here: nothing to lose
+            write_file(self.folder / "log.jsonl", b"")
+        write_json(self.folder / "args.json", self.settings)
+        say(f"{self.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{self.epoch} of {args.epochs} epochs done")
+
+    def _resume(self):
+        before, now = read_json(self.folder / "args.json"), json.loads(json.dumps(self.settings))
+        code, new_code = before.pop("code", {}), now.pop("code")
+        changed = [f"--{key.replace('_', '-')} {before.get(key)} there, {now.get(key)} here"
+                   for key in sorted({*before, *now} - MAY_CHANGE) if before.get(key) != now.get(key)]
+        if changed:
+            raise UserError(f"{self.folder} holds a run with other settings ({'; '.join(changed)}); "
+                            f"choose another --out")
+        edited = [name for name in new_code if code.get(name) != new_code[name]]
+        if edited and not self.args.accept_changed_code:
+            raise UserError(f"{self.folder} holds a run of other code: {' and '.join(edited)} changed since; "
+                            f"choose another --out, or --accept-changed-code to go on with it")
+        state = read_checkpoint(self.folder / "last.pt")
+        load_weights(self.model, state["model"], self.folder / "last.pt")
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.epoch = state["epoch"]
+        self.log = [entry for entry in read_log(self.folder / "log.jsonl") if entry["epoch"] <= self.epoch]
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+        write_file(self.folder / "log.jsonl", lines.encode())
+
+    def _is_best(self):
+        """Is the robust accuracy of the last line above those of all lines before?"""
+        *before, last = [entry.get("robust_accuracy") for entry in self.log]
+        return last is not None and last > max((score for score in before if score is not None), default=-1)
+
+    def _kept(self):
+        kept = f"epoch {self.epoch} is kept in {self.folder / 'last.pt'}"
+        return kept if self.epoch else "no epoch was finished"
+
+    def epochs(self):
+        """The epochs still to do, counted from 1."""
+        for epoch in range(self.epoch + 1, self.args.epochs + 1):
+            self.current, self.recorded, self.seen = epoch, {}, 0
+            self.began = self.timed_from = self.now = self.shown = time.perf_counter()
+            self.untimed = 0
+            yield epoch
+
+    def record(self, images, **scalars):
+        """Note a step's numbers: scalars on the device, read back in `end_epoch`; and show progress."""
+        for name, scalar in scalars.items():
+            self.recorded.setdefault(name, []).append(scalar.detach())
+        self.steps += 1
+        self.seen += images
+        self.now = time.perf_counter()
+        if self.steps <= 2:  # code is compiled and memory taken in these: no measure of speed
+            self.timed_from, self.untimed = self.now, self.seen
+        elif on_terminal() and self.now - self.shown > 1:
+            self.shown, rate = self.now, self._rate()
+            left = (self.images * (self.args.epochs - self.current + 1) - self.seen) / rate
+            show(f"epoch {self.current}/{self.args.epochs}  {self.seen:,} of {self.images:,} images  "
+                 f"{rate:.4g} images/s  {duration(left)} left")
+
+    def _rate(self):
+        """Images per second of this epoch; without the first two steps of all, if there were others."""
+        if self.seen > self.untimed:
+            return (self.seen - self.untimed) / max(self.now - self.timed_from, 1e-9)
+        return self.seen / max(self.now - self.began, 1e-9)
+
+    def end_epoch(self, **values):
+        """Check and average what was recorded; log that and `values`; write the checkpoint."""
+        means = {}
+        for name, scalars in self.recorded.items():
+            history = torch.stack(scalars).float()
+            if not history.isfinite().all():
+                first = (~history.isfinite()).nonzero()[0].item() + 1
+                raise UserError(f"{name.replace('_', ' ')} not finite at epoch {self.current}, step {first}; "
+                                f"{self._kept()}; a smaller --lr or --beta may help")
+            means[name] = history.mean().item()
+        with torch.no_grad():
+            if not torch.stack(torch._foreach_norm(list(self.model.parameters()))).isfinite().all():
+                raise UserError(f"weights not finite after epoch {self.current}; {self._kept()}; "
+                                f"a smaller --lr or --beta may help")
+        entry = {"epoch": self.current, **means, **values, "images_per_second": float(f"{self._rate():.4g}"),
+                 "seconds": round(time.perf_counter() - self.began, 2)}
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.log.append(entry)
+        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        checkpoint = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                      "epoch": self.current, "args": self.settings, "rng": torch.get_rng_state(),
+                      "cuda_rng": cuda_rng}
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        if self._is_best():  # first: what a kill between the two leaves undone, the same epoch does again
+            write_file(self.folder / "best.pt", content.getbuffer())
+        write_file(self.folder / "last.pt", content.getbuffer())
+        self.epoch = self.current
+        shown = "  ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
+        left = duration(entry["seconds"] * (self.args.epochs - self.epoch))
+        say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {describe(values)}  "
+            f"{entry['images_per_second']:.4g} images/s  {left} left")
+
+    def finish(self, test, attack=None):
+        """metrics.json: `test()` with the weights of last.pt and, where it is another epoch, of best.pt.
+
+        A finished run is not tested again, unless with another `attack` than the file has.
+        """
+        path, found = self.folder / "metrics.json", None
+        with own_files(self.folder):
+            if path.exists():
+                found = read_json(path)
+                if attack is not None and found["last"]["attack"] != asdict(attack):
+                    found = None
+        if found is None:
+            found = {"last": {"epoch": self.epoch, **test()}}
+            found["best"] = found["last"]
+            best = self.folder / "best.pt"
+            if best.exists() and (state := read_checkpoint(best))["epoch"] != self.epoch:
+                last = copy.deepcopy(self.model.state_dict())
+                load_weights(self.model, state["model"], best)
+                found["best"] = {"epoch": state["epoch"], **test()}
+                self.model.load_state_dict(last)
+            write_json(path, found)
+        with own_files(self.folder):
+            for name in ("last", "best") if found["best"] != found["last"] else ("last",):
+                metrics = found[name]
+                say(f"{self.folder / name}.pt, epoch {metrics['epoch']}: {describe(metrics)}, "
+                    f"local Lipschitzness {metrics['local_lipschitzness']:.2f}")
+
+
+LOCKED = {}  # folders (device, inode) that this process holds, and their open handles
+
+
+def lock(folder):
+    """Keep other processes out of `folder` as long as this one lives; UserError if one is in there."""
+    place = (folder.stat().st_dev, folder.stat().st_ino)
+    if place in LOCKED:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKED[place] = handle
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"{folder} is in use by another process; choose another --out") from None
+    except OSError as error:  # a network file system without locks
+        os.close(handle)
+        say(f"{folder} cannot be locked ({error.strerror}): let no other process in there", file=sys.stderr)
+
+
+def fingerprint(path):
+    """A hash of a Python file's syntax tree without docstrings: comments and layout do not count."""
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+
+    def tree(node):
+        if isinstance(node, list):
+            return [tree(item) for item in node]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        fields = dict(ast.iter_fields(node))
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            fields["body"] = node.body[1:]
+        full = [(name, tree(value)) for name, value in fields.items() if value not in (None, [])]
+        return [type(node).__name__, *full]  # without the empty fields, of which a newer Python has more
+    return hashlib.sha256(repr(tree(ast.parse(Path(path).read_bytes()))).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def own_files(folder):
+    """What a spoilt run folder raises inside becomes a UserError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: args.json, log.jsonl, last.pt or metrics.json is not what a run wrote "
+                        f"({type(error).__name__}: {error}); choose another --out") from None
+
+
+def duration(seconds):
+    """Such as 0:04:05 or 2 days, 3:00:00."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def write_file(path, content):
+    """Write bytes so that `path` holds its old content or all of the new, whatever happens meanwhile."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")  # what a kill leaves of it, the next write replaces
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); what it held before is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON") from None
+
+
+def read_log(path):
+    """The entries of a log.jsonl; a last line cut short by a kill is left out."""
+    lines = Path(path).read_text().split("\n") if Path(path).exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def read_checkpoint(path):
+    """A checkpoint's dict, on the CPU, read without running any code in it, or UserError."""
+    try:
+        with warnings.catch_warnings():  # our line says it all
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # truncated, foreign or unsafe: they fail in many ways
+        reason = _what_is_wrong(path, error)
+        raise UserError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
+
+
+def _what_is_wrong(path, error):
+    with open(path, "rb") as file:
+        start = file.read(200).lstrip()
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if start[:1] == b"<":
+        return "it is a web page; download the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; `git lfs pull` fetches the file itself"
+    if named:
+        return f"it is a pickle that asks for {named[1]}, which could run code; save its state_dict alone"
+    return "it is empty" if not start else "it is cut short, or another kind of file"
+
+
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def launch(main):
-    """Run a script's main(argv): a mistake or Ctrl-C ends in one line and exit status 2 or 130, no traceback."""
+    """Run a script's main(argv): a mistake or Ctrl-C ends in one line and exit status 2 or 130."""
     status = 2
     try:
         return main(sys.argv[1:])
@@ -620,13 +1113,14 @@ def launch(main):
         message = f"error: {error.filename or 'writing a file'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            message = f"error: out of memory, a smaller --batch-size needs less ({str(error)[:200]})"
+            message = f"error: out of memory, a smaller batch or network needs less ({str(error)[:200]})"
         elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
             message = f"error: torch.compile failed, --compile off does without it ({str(error)[:300]})"
         else:
             raise
     except KeyboardInterrupt as error:
-        message, status = f"interrupted {error}", 128 + signal.SIGINT
+        kept = str(error) or "what was finished is kept, the same command goes on"
+        message, status = f"interrupted; {kept}", 130
     say(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
@@ -662,12 +1156,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 def number(low=0.0, high=math.inf, above=False):
-    """An argparse type: a finite float or a ratio such as 8/255, at least `low` (or above it), at most `high`."""
+    """An argparse type: a finite float or a ratio such as 8/255, from `low` (or above it) to `high`."""
     def parse(text):
         numerator, _, denominator = text.partition("/")
         value = float(numerator) / (float(denominator or 1) or math.nan)
         if not low <= value <= high or value == math.inf or above and value == low:
-            limit = f"{'above' if above else 'at least'} {low:g}" + (f", at most {high:g}" if high < math.inf else "")
+            limit = f"{'above' if above else 'at least'} {low:g}"
+            limit += f", at most {high:g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text!r} must be a number {limit}")
         return value
     parse.__name__ = "number"  # argparse names it when the text is no number at all
@@ -684,294 +1179,75 @@ def integer(low=1):
     return parse
 
 
-def training_parser(doc, method, **defaults):
-    """The arguments that the CIFAR scripts share; `defaults` overrides the paper's TRADES setting for a method."""
+def experiment_parser(file, doc, **defaults):
+    """What every training script takes. `file`: the script's, after which the method is named."""
     parser = Parser(doc)
     add = parser.add_argument
-    add("--dataset", default="cifar10", metavar="NAME", help="cifar10, cifar100, synthetic, or DATA_DIR/NAME.npz")
+    add("--seed", type=integer(0), default=1, help="seeds weights, shuffling, augmentation and attacks")
+    add("--out", metavar="DIR", help="run folder; by default runs/<method>-<dataset>-<model>-beta<β>-seed<s> "
+                                     "and every other setting that is not the default")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="auto: what a short measurement finds faster; kept for the run")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on CUDA only")
+    add("--accept-changed-code", action="store_true", help="go on with a run whose code was edited since")
+    method = Path(file).stem.removeprefix("train_")
+    code = {Path(path).name: fingerprint(path) for path in (file, __file__)}
+    parser.set_defaults(method=method, code=code, **defaults)
+    parser.default_out = lambda args: run_folder(parser, args)
+    return parser
+
+
+def training_parser(file, doc, **defaults):
+    """The arguments that the CIFAR scripts share; `defaults` overrides the paper's TRADES setting."""
+    parser = experiment_parser(file, doc)
+    add = parser.add_argument
+    add("--dataset", default="cifar10", metavar="NAME", help="cifar10, cifar100, synthetic, or a NAME.npz")
     add("--data-dir", default="data", metavar="DIR", help="where data sets are, or are downloaded to")
-    add("--train-size", type=integer(), metavar="N", help="train on a random subset of N images, drawn with --seed")
-    add("--arch", choices=("wrn", "densenet"), default="wrn", help="WideResNet or DenseNet-BC")
+    add("--train-size", type=integer(), metavar="N", help="train on N random images, drawn with --seed")
+    add("--no-flip", action="store_true", help="do not mirror training images (digits, say)")
+    add("--arch", choices=NETWORKS, default="wrn", help="WideResNet or DenseNet-BC")
     add("--depth", type=integer(), default=34, help="layers, 6n + 4")
-    add("--width", type=integer(), default=10, help="widening factor of a WideResNet, growth rate of a DenseNet")
+    add("--width", type=integer(), default=10, help="widening factor, or a DenseNet's growth rate")
     add("--epochs", type=integer(), default=100, help="passes over the training images")
     add("--batch-size", type=integer(), default=128, help="images a step")
     add("--lr", type=number(above=True), default=0.1, help="base learning rate of SGD with momentum 0.9")
     add("--weight-decay", type=number(), default=2e-4, help="L2 penalty on every parameter")
-    add("--schedule", choices=("exp-decay", "step", "cosine"), default="exp-decay", help="learning rate over epochs")
-    add("--eps", type=number(0, 1), default=0.031, help="ℓ∞ radius of the attack, in pixel range [0, 1]; 8/255 works")
+    add("--schedule", choices=SCHEDULES, default="exp-decay", help="learning rate over the run")
+    add("--eps", type=number(0, 1), default=0.031, help="attack's ℓ∞ radius, pixels in [0, 1]; 8/255 works")
     add("--step-size", type=number(), default=0.007, help="attack step, in pixel range [0, 1]")
     add("--steps", type=integer(0), default=10, help="attack steps")
     add("--beta", type=number(), default=6.0, help="λ of the paper: weight of the robust regularization")
-    add("--seed", type=integer(0), default=1, help="seeds weights, shuffling, augmentation and attacks")
-    add("--out", metavar="DIR", help="run folder; by default runs/<method>-<dataset>-<model>-beta<β>-seed<s>, with "
-                                     "every other setting that is not the default")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on a CUDA device")
     add("--eval-every", type=integer(), default=1, metavar="N", help="epochs between monitor evaluations")
     add("--eval-size", type=integer(), default=1000, metavar="N", help="test images in a monitor evaluation")
-    add("--test-size", type=integer(), metavar="N", help="test images, drawn at random, in metrics.json; by default all")
-    parser.set_defaults(method=method, **defaults)
+    add("--test-size", type=integer(), metavar="N", help="random test images in metrics.json; by default all")
+    parser.set_defaults(**defaults)
     return parser
 
 
 def start(parser, argv):
-    """Parse argv, pick the device and seed everything: (args, device). Resolves `args.out` and `args.precision`."""
+    """Parse argv, pick the device and seed everything: (args, device). Resolves `args.out`."""
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     if device.type != "cuda":
         say(f"no CUDA device in use: training on the {device.type} ({torch.get_num_threads()} threads), "
             "which is slow for a large network; the speed and the time left follow")
-    args.out = args.out or _run_folder(parser, args)
-    args.precision = pick_precision(args.precision, device)
+    args.out = args.out or parser.default_out(args)
+    settings = Path(args.out) / "args.json"
+    if args.precision == "auto" and settings.exists():  # a resumed run keeps what was measured when it began
+        with own_files(args.out):
+            args.precision = read_json(settings).get("precision", "auto")
     torch.manual_seed(args.seed)
     return args, device
 
 
-def _run_folder(parser, args):
+def run_folder(parser, args):
+    """runs/<method>-<dataset>-<model>-beta<β>-seed<s> and every other setting that is not the default."""
     named = {"method", "dataset", "arch", "depth", "width", "beta", "seed", *MAY_CHANGE}
-    name = f"{args.method}-{args.dataset}-{args.arch}{args.depth}-{args.width}-beta{args.beta:g}-seed{args.seed}"
+    network = f"{args.arch}{args.depth}-{args.width}"
+    name = f"{args.method}-{args.dataset}-{network}-beta{args.beta:g}-seed{args.seed}"
     for key, value in vars(args).items():
         if key not in named and value != parser.get_default(key):
-            value = f"{value:.4g}" if isinstance(value, float) else "" if value is True else Path(str(value)).stem
-            name += f"-{key.replace('_', '')}{value}"
+            shown = f"{value:.4g}" if isinstance(value, float) else Path(str(value)).stem
+            name += f"-{key.replace('_', '')}{'' if value is True else shown}"
     return str(Path("runs") / name)
-
-
-MAY_CHANGE = {"out", "data_dir", "device", "workers", "on_bad_image", "restarts"}  # a resumed run may have them otherwise
-
-
-class Run:
-    """A run folder (args.json, log.jsonl, last.pt, best.pt, metrics.json), resumed if it holds this very run.
-
-        run = Run(args, model, optimizer)
-        for epoch in run.epochs():
-            for x, y in run.watch(batches(...), len(data.x_train)):
-                ...
-                run.record(natural_risk, robust_regularization, lipschitz)  # scalars on the device
-            run.end_epoch(lr, data)
-        run.finish(data)
-    """
-
-    def __init__(self, args, model, optimizer, recorded=("natural_risk", "robust_regularization", "lipschitz")):
-        self.args, self.model, self.optimizer, self.recorded = args, model, optimizer, recorded
-        self.device = next(model.parameters()).device
-        self.folder = Path(args.out)
-        self.settings = {key: value for key, value in vars(args).items() if key != "out"}
-        self.epoch, self.log, self.announced = 0, [], False  # epoch: the last one finished
-        if (self.folder / "last.pt").exists():
-            with own_files(self.folder):
-                self._resume()
-        elif (self.folder / "metrics.json").exists():
-            raise UserError(f"{self.folder} holds a finished run without its last.pt; choose another --out")
-        else:  # no epoch was finished here: nothing to lose
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "args.json", self.settings)
-            write_file(self.folder / "log.jsonl", b"")
-        say(f"{self.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{self.epoch} of {args.epochs} epochs done")
-        signal.signal(signal.SIGINT, self._interrupt)
-
-    def _resume(self):
-        before = read_json(self.folder / "args.json")
-        now = json.loads(json.dumps(self.settings))
-        changed = [f"--{key.replace('_', '-')} {before.get(key)} there, {now.get(key)} here"
-                   for key in sorted({*before, *now} - MAY_CHANGE) if before.get(key) != now.get(key)]
-        if changed:
-            raise UserError(f"{self.folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
-        state = read_checkpoint(self.folder / "last.pt")
-        load_weights(self.model, state["model"], self.folder / "last.pt")
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.epoch = state["epoch"]
-        self.log = read_log(self.folder / "log.jsonl")[:self.epoch]  # a kill can leave a line ahead of the checkpoint
-        write_file(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
-        scores = self._monitored()
-        if scores and self.log[-1]["robust_accuracy"] == max(scores) and scores.count(max(scores)) == 1:
-            content, best = (self.folder / "last.pt").read_bytes(), self.folder / "best.pt"
-            if not best.exists() or best.read_bytes() != content:  # a kill came between the two
-                write_file(best, content)
-
-    def _monitored(self):
-        return [entry["robust_accuracy"] for entry in self.log if entry["robust_accuracy"] is not None]
-
-    def _interrupt(self, *_):
-        raise KeyboardInterrupt(f"in epoch {min(self.epoch + 1, self.args.epochs)}; {self._kept()}")
-
-    def _kept(self):
-        return (f"epoch {self.epoch} is kept in {self.folder / 'last.pt'}" if self.epoch else "no epoch was finished")
-
-    def epochs(self):
-        """The epochs still to do, counted from 1."""
-        return range(self.epoch + 1, self.args.epochs + 1)
-
-    def watch(self, stream, size, batch_size=None):
-        """Pass on the batches of an epoch of `size` images, show progress, then check every recorded number."""
-        self.history, self.images, self.latest = [], 0, None
-        self.steps = steps_per_epoch(size, batch_size or self.args.batch_size)
-        self.began = shown = time.perf_counter()
-        for x, y in stream:
-            yield x, y
-            self.images += len(x)
-            now = time.perf_counter()
-            if on_terminal() and now - shown > 1:
-                shown = now
-                show(self._progress(size))
-            elif not on_terminal() and not self.announced and now - self.began > 10:
-                self.announced = True
-                say(self._progress(size))
-        history = torch.stack(self.history)
-        bad = (~history.isfinite()).any(1).nonzero()
-        self.train_seconds = time.perf_counter() - self.began  # after the line above has waited for the device
-        if len(bad):
-            raise UserError(f"loss not finite at epoch {self.epoch + 1}, step {bad[0].item() + 1}; {self._kept()}; "
-                            f"a smaller --lr or --beta may help")
-        with torch.no_grad():
-            if not torch.stack(torch._foreach_norm(list(self.model.parameters()))).isfinite().all():
-                raise UserError(f"weights not finite after epoch {self.epoch + 1}; {self._kept()}; a smaller --lr or "
-                                f"--beta may help")
-        self.means = history.mean(0).tolist()
-
-    def record(self, *means):
-        """Note a step's means, named by `recorded`, scalars on the device; read back later, so nothing waits here."""
-        self.history.append(torch.stack(means).detach().float())
-
-    def _risks(self, means):
-        return "  ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in zip(self.recorded, means)
-                         if name != "lipschitz")
-
-    def _progress(self, size):
-        rate = self.images / (time.perf_counter() - self.began)
-        left = (size * (self.args.epochs - self.epoch) - self.images) / rate
-        risks, self.latest = self.latest, torch.stack(self.history).mean(0).to("cpu", non_blocking=True)
-        shown = f"  {self._risks(risks)}" if risks is not None else ""
-        return (f"epoch {self.epoch + 1}/{self.args.epochs}  step {len(self.history)}/{self.steps}  "
-                f"{rate:.4g} images/s  {duration(left)} left{shown}")
-
-    def end_epoch(self, lr, data):
-        """Monitor, then `save_epoch`."""
-        epoch = self.epoch + 1
-        metrics = dict.fromkeys(("natural_accuracy", "robust_accuracy", "perturbation_stability"))
-        if epoch % self.args.eval_every == 0 or epoch == self.args.epochs:
-            some = data.test_subset(self.args.eval_size)
-            metrics = evaluate(self.model, data.x_test[some], data.y_test[some], eps=self.args.eps,
-                               batch_size=self.args.batch_size, **MONITOR_ATTACK)
-            del metrics["n"]
-        self.save_epoch(lr, metrics)
-
-    def save_epoch(self, lr, metrics):
-        """Add a line to the log, `metrics` (the three and any others) in it; write the checkpoint (and best.pt)."""
-        epoch = self.epoch + 1
-        best_before = max(self._monitored(), default=-1)
-        entry = {"epoch": epoch, "lr": lr, "beta": self.args.beta,
-                 **dict(zip(self.recorded, self.means)), **metrics,
-                 "images_per_second": float(f"{self.images / self.train_seconds:.4g}"),
-                 "seconds": round(time.perf_counter() - self.began, 2)}
-        self.log.append(entry)
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        checkpoint = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": epoch,
-                      "args": self.settings, "rng": torch.get_rng_state(), "cuda_rng": None}
-        if self.device.type == "cuda":
-            checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        write_file(self.folder / "last.pt", content.getbuffer())
-        self.epoch = epoch
-        if max(self._monitored(), default=-1) > best_before:
-            write_file(self.folder / "best.pt", content.getbuffer())
-        say(f"epoch {epoch}/{self.args.epochs}  lr {lr:.4g}  {self._risks(self.means)}  {describe(metrics)}  "
-            f"{entry['images_per_second']:.4g} images/s  {duration(entry['seconds'])}  "
-            f"{duration(entry['seconds'] * (self.args.epochs - epoch))} left")
-
-    def finish(self, data):
-        """The full test metrics of the last epoch's weights: into metrics.json, or out of it if they are there."""
-        path = self.folder / "metrics.json"
-        if not path.exists():
-            attack = {"eps": self.args.eps, **REPORT_ATTACK}
-            chosen = data.test_subset(self.args.test_size)
-            x, y = data.x_test[chosen], data.y_test[chosen]
-            say(f"testing on {len(x):,} images with PGD-{attack['steps']}, step {attack['step_size']:g}")
-            metrics = evaluate(self.model, x, y, batch_size=self.args.batch_size, **attack)
-            metrics["local_lipschitzness"] = local_lipschitzness(
-                self.model, x[:1000], batch_size=self.args.batch_size, **attack)
-            attack = {"name": "pgd", "loss": "cross-entropy", "norm": "linf", "start": "uniform", **attack}
-            write_json(path, {**metrics, "attack": attack, "epoch": self.epoch, "precision": self.args.precision})
-        with own_files(self.folder):
-            metrics = read_json(path)
-            say(f"{path}: {describe(metrics)}, local Lipschitzness {metrics['local_lipschitzness']:.2f}")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextlib.contextmanager
-def own_files(folder):
-    """What a spoilt run folder raises inside becomes a UserError."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: args.json, log.jsonl, last.pt or metrics.json is not what a run wrote "
-                        f"({type(error).__name__}: {error}); move the folder away or choose another --out") from None
-
-
-def describe(metrics):
-    """The three metrics in words, in percent; nothing for an epoch that was not monitored."""
-    names = {"natural": "natural_accuracy", "robust": "robust_accuracy", "stability": "perturbation_stability"}
-    return "  ".join(f"{name} {100 * metrics[key]:.2f} %" for name, key in names.items() if metrics[key] is not None)
-
-
-def duration(seconds):
-    """12.3 s, 4 min 05 s, 3 h 07 min or 2 d 3 h."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def write_file(path, content):
-    """Write bytes so that `path` holds either its old content or all of the new, whatever happens meanwhile."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")  # what a kill leaves of it, the next write replaces
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); what it held before is kept") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON") from None
-
-
-def read_log(path):
-    """The entries of a log.jsonl; a last line cut short by a kill is left out."""
-    lines = Path(path).read_text().split("\n") if Path(path).exists() else []
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def read_checkpoint(path):
-    """A checkpoint's dict, on the CPU, read without running any code in it; UserError if that cannot be done."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # truncated, foreign or unsafe: zipfile, pickle and torch each fail in their own way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None

@@ -1,14 +1,20 @@
-"""common.py: data, models, attacks, schedules, metrics and the run folder's promises."""
+"""common.py: data, networks, attacks, schedules, metrics and the run folder's promises."""
+import contextlib
+import io
 import itertools
-import json
 import math
 import os
-import resource
+import pickle
+import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,79 +24,53 @@ import torch.nn.functional as F
 
 import common
 import train_trades
-from common import UserError
+from common import Attack, UserError
 
 ROOT = Path(common.__file__).parent
-TINY = ["--depth", "10", "--width", "1", "--batch-size", "16", "--steps", "2", "--eval-size", "20", "--device", "cpu"]
+CPU = torch.device("cpu")
 
 
-def write_npz(path, n_train=64, n_test=41, size=8, classes=4, **changes):
-    rng = np.random.default_rng(0)
-    arrays = {"x_train": rng.integers(0, 256, (n_train, size, size, 3), dtype=np.uint8),
-              "y_train": np.arange(n_train) % classes,
-              "x_test": rng.integers(0, 256, (n_test, size, size, 3), dtype=np.uint8),
-              "y_test": np.arange(n_test) % classes}
-    np.savez(path, **{key: value for key, value in {**arrays, **changes}.items() if value is not None})
-    return path
+def load(name, folder, **subset):
+    return common.load_data(name, folder, CPU, **subset)
 
 
-@pytest.fixture
-def data_dir(tmp_path):
-    write_npz(tmp_path / "tiny.npz")
-    return tmp_path
+# ------------------------------------------------------------------------------------------------------- data
 
 
-def load(name, folder):
-    return common.load_data(name, folder, torch.device("cpu"))
-
-
-# ---------------------------------------------------------------------------------------------------------- data
-
-
-def test_npz_is_read_as_stored(data_dir):
-    data = load("tiny", data_dir)
-    stored = np.load(data_dir / "tiny.npz")
-    assert data.classes == 4 and data.x_train.dtype == torch.uint8
+def test_npz_is_read_as_stored(tmp_path, write_npz):
+    stored, data = np.load(write_npz(y_test=np.full((21, 1), 9, np.uint8))), load("tiny", tmp_path)
+    assert data.classes == 10 and data.x_train.dtype == torch.uint8
     assert (data.x_train.permute(0, 2, 3, 1).numpy() == stored["x_train"]).all()
-    assert (data.y_test.numpy() == stored["y_test"]).all()
+    assert (data.y_train.numpy() == stored["y_train"]).all() and data.y_test.tolist() == [9] * 21  # Keras' column
 
 
-def test_train_size_is_a_seeded_random_subset(data_dir):
-    first, again, other = (common.load_data("tiny", data_dir, "cpu", 20, seed).x_train for seed in (1, 1, 2))
+def test_train_size_is_a_seeded_random_subset(tmp_path, write_npz):
+    write_npz()
+    first, again, other = (load("tiny", tmp_path, train_size=20, seed=seed).x_train for seed in (1, 1, 2))
     assert len(first) == 20 and first.equal(again) and not first.equal(other)
     with pytest.raises(UserError, match="64 training images"):
-        common.load_data("tiny", data_dir, "cpu", 65)
+        load("tiny", tmp_path, train_size=65)
 
 
-def test_keras_label_columns_are_accepted(tmp_path):
-    write_npz(tmp_path / "tiny.npz", y_train=np.full((64, 1), 3, np.uint8))
-    assert load("tiny", tmp_path).y_train.tolist() == [3] * 64
-
-
-@pytest.mark.parametrize("changes, message", [
-    ({"x_test": None}, "x_test"),
-    ({"x_train": np.zeros((64, 8, 8, 3), np.float32)}, "x_train must be uint8"),
-    ({"x_train": np.zeros((64, 3, 8, 8), np.uint8)}, r"\[N, H, W, 3\]"),
-    ({"y_train": np.zeros(63, np.int64)}, "64 integers"),
-    ({"y_test": np.full(41, 0.5)}, "41 integers"),
-    ({"y_test": np.full(41, 4)}, "labels must lie in 0..3"),
-    ({"y_train": np.full(64, -1)}, "labels must lie"),
-    ({"x_test": np.zeros((41, 16, 16, 3), np.uint8)}, "differ in size"),
+@pytest.mark.parametrize("name, changes, message", [
+    ("tiny", {"x_test": None}, "x_test"),
+    ("tiny", {"x_train": np.zeros((64, 8, 8, 3), np.float32)}, "x_train must be uint8"),
+    ("tiny", {"x_train": np.zeros((64, 3, 8, 8), np.uint8)}, r"\[N, H, W, 3\]"),
+    ("tiny", {"y_train": np.zeros(63, np.int64)}, "64 integers"),
+    ("tiny", {"y_test": np.full(21, 0.5)}, "21 integers"),
+    ("tiny", {"y_test": np.full(21, 10)}, r"labels must lie in 0\.\.9; found 0\.\.10"),
+    ("tiny", {"y_train": np.full(64, -1)}, r"labels must lie in 0\.\.0; found -1\.\.9"),
+    ("tiny", {"x_test": np.zeros((21, 16, 16, 3), np.uint8)}, "differ in size"),
+    ("cifar10", {"classes": 11}, r"cifar10.npz: labels must lie in 0\.\.9; found 0\.\.10"),
 ])
-def test_malformed_npz_is_refused(tmp_path, changes, message):
-    write_npz(tmp_path / "tiny.npz", **changes)
+def test_malformed_npz_is_refused(tmp_path, write_npz, name, changes, message):
+    write_npz(name, **changes)
     with pytest.raises(UserError, match=message):
-        load("tiny", tmp_path)
+        load(name, tmp_path)
 
 
-def test_labels_of_a_named_set_are_checked_against_its_classes(tmp_path):
-    write_npz(tmp_path / "cifar10.npz", classes=11)
-    with pytest.raises(UserError, match="0..9"):
-        load("cifar10", tmp_path)
-
-
-def test_truncated_and_missing_files_are_named(tmp_path, monkeypatch):
-    path = write_npz(tmp_path / "tiny.npz")
+def test_truncated_and_missing_files_are_named(tmp_path, write_npz, monkeypatch):
+    path = write_npz()
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(UserError, match="tiny.npz cannot be read"):
         load("tiny", tmp_path)
@@ -106,23 +86,28 @@ def test_truncated_and_missing_files_are_named(tmp_path, monkeypatch):
         load("cifar10", tmp_path)
 
 
-def test_crop_and_flip_match_a_per_image_reference():
+@pytest.mark.parametrize("height, width, padding", [(32, 32, 4), (4, 4, 4), (5, 9, 2), (1, 1, 0)])
+def test_crop_and_flip_match_a_per_image_reference(height, width, padding):
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
-    top, left, flip = torch.randint(0, 9, (50,)), torch.randint(0, 9, (50,)), torch.rand(50) < 0.5
-    out = common.crop_flip(images, top, left, flip)
+    images = torch.randint(0, 256, (50, 3, height, width), dtype=torch.uint8)
+    top, left = torch.randint(0, 2 * padding + 1, (2, 50))
+    flip = torch.rand(50) < 0.5
+    out = common.crop_flip(images, top, left, flip, padding)
     for i in range(50):
-        padded = np.pad(images[i].numpy(), ((0, 0), (4, 4), (4, 4)))
-        expected = padded[:, top[i]:top[i] + 32, left[i]:left[i] + 32]
+        padded = np.pad(images[i].numpy(), ((0, 0), (padding, padding), (padding, padding)))
+        expected = padded[:, top[i]:top[i] + height, left[i]:left[i] + width]
         assert (out[i].numpy() == (expected[:, :, ::-1] if flip[i] else expected)).all()
 
 
-def test_random_augmentation_draws_every_offset_and_flip_for_each_image():
+@pytest.mark.parametrize("flip", [True, False])
+def test_random_augmentation_draws_every_offset_and_flip_for_each_image(flip):
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(4000, 3, 8, 8)
     torch.manual_seed(0)
-    counts = torch.unique(common.random_crop_flip(image), dim=0, return_counts=True)[1]
-    assert len(counts) == 9 * 9 * 2  # all are drawn, and about equally often
-    assert counts.min() > 5 and counts.max() < 60
+    found, counts = torch.unique(common.random_crop_flip(image, flip), dim=0, return_counts=True)
+    assert len(counts) == 9 * 9 * (1 + flip)  # all are drawn, and about equally often
+    assert 0.2 < counts.min() / counts.float().mean() and counts.max() / counts.float().mean() < 2.5
+    assert any(one.equal(image[0]) for one in found)
+    assert any(one.equal(image[0].flip(2)) for one in found) == flip
 
 
 def test_an_epoch_is_a_fresh_seeded_order_without_repeats():
@@ -142,7 +127,115 @@ def test_pixels_equal_torchvisions_to_tensor():
     assert common.to_float(torch.from_numpy(image).permute(2, 0, 1)[None])[0].equal(to_tensor(image))
 
 
-# -------------------------------------------------------------------------------------------------------- models
+def test_synthetic_data_are_fixed_by_their_seed():
+    first, again, other = (common.synthetic(50, 20, seed) for seed in (0, 0, 1))
+    assert all((first[key] == again[key]).all() for key in first)
+    assert (first["x_train"] != other["x_train"]).any()
+    assert first["x_train"].shape == (50, 32, 32, 3) and first["x_train"].dtype == np.uint8
+
+
+# ------------------------------------------------------------------------------------------------- extra data
+
+
+x, y = np.random.default_rng(1).integers(0, 256, (30, 8, 8, 3), np.uint8), np.arange(30) % 10
+
+
+@pytest.fixture
+def data(tmp_path, write_npz):
+    write_npz()
+    return load("tiny", tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("modules", [b"numpy._core", b"numpy.core"])  # new NumPy's, old NumPy's
+def test_rst_pickle_loads(tmp_path, data, protocol, modules):
+    if modules == b"numpy.core" and protocol > 3:
+        pytest.skip("these state the length of a name before it")
+    content = {"data": x, "extrapolated_targets": list(y), "model": "vanilla", "accuracy": np.float64(0.5)}
+    (tmp_path / "extra.pickle").write_bytes(pickle.dumps(content, protocol).replace(b"numpy._core", modules))
+    images, labels = common.load_extra(str(tmp_path / "extra.pickle"), data)
+    assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert np.array_equal(images.permute(0, 2, 3, 1), x) and np.array_equal(labels, y)
+
+
+class Harmful:
+    def __init__(self, call, *arguments):
+        self.called = call, arguments
+
+    def __reduce__(self):
+        return self.called
+
+
+@pytest.mark.parametrize("call", [(os.system, "touch harm"), (eval, "open('harm', 'w')"), (np.load, "harm.npy"),
+                                  (np.save, "harm", 1), (getattr, np, "load")])
+def test_pickle_that_would_run_code_is_refused(tmp_path, data, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    if call[0] is getattr:  # a dotted name reaches into what is allowed
+        content = b"cnumpy.core.multiarray\n_reconstruct.__class__\n."
+    else:
+        content = pickle.dumps({"data": Harmful(*call), "extrapolated_targets": np.arange(3)})
+    (tmp_path / "extra.pickle").write_bytes(content)
+    with pytest.raises(UserError, match="which arrays do not need"):
+        common.load_extra("extra.pickle", data)
+    assert not list(tmp_path.glob("harm*"))
+
+
+RANGE = r"must be 30 integers in 0\.\.9"
+MALFORMED = {
+    "missing file": (None, "FileNotFoundError"),
+    "no pickle": (b"not a pickle", "must hold arrays 'data' and 'extrapolated_targets'"),
+    "empty": (b"", "EOFError"),
+    "cut short": (pickle.dumps({"data": x, "extrapolated_targets": y})[:-100], "must hold arrays"),
+    "another layout": ([x, y], "must hold arrays"),
+    "a key missing": ({"data": x}, "KeyError: 'extrapolated_targets'"),
+    "float images": ({"data": x / 255, "extrapolated_targets": y}, "must be uint8"),
+    "another size": ({"data": x[:, :4], "extrapolated_targets": y}, r"\[M, 8, 8, 3\], not uint8 \[30, 4"),
+    "no images": ({"data": x[:0], "extrapolated_targets": y[:0]}, "must be uint8"),
+    "too few labels": ({"data": x, "extrapolated_targets": y[1:]}, RANGE),
+    "label too large": ({"data": x, "extrapolated_targets": y + 1}, RANGE),
+    "unlabelled": ({"data": x, "extrapolated_targets": y - 1}, RANGE),
+    "fractional labels": ({"data": x, "extrapolated_targets": y / 2}, RANGE),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_extra_data_is_refused(tmp_path, data, case):
+    content, message = MALFORMED[case]
+    if content is not None:
+        content = content if isinstance(content, bytes) else pickle.dumps(content)
+        (tmp_path / "extra.pickle").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        common.load_extra(str(tmp_path / "extra.pickle"), data)
+
+
+@pytest.mark.parametrize("content", [{"images": x, "label": y}, {"image": x, "label": y.astype(object)}])
+def test_npz_without_the_arrays_is_refused(tmp_path, data, content):
+    np.savez(tmp_path / "extra.npz", **content)
+    with pytest.raises(UserError, match="must hold arrays 'image' and 'label'"):
+        common.load_extra(str(tmp_path / "extra.npz"), data)
+
+
+@pytest.mark.parametrize("fraction, share", [(0, 0), (0.25, 4), (0.5, 8), (1, 16)])
+def test_epoch_of_mixed_batches_draws_without_replacement(data, monkeypatch, fraction, share):
+    monkeypatch.setattr(common, "random_crop_flip", lambda images, flip: images)
+    x_extra, y_extra = torch.full((100, 3, 8, 8), 255, dtype=torch.uint8), torch.arange(100, 200)
+    data.y_train = torch.arange(64)
+    stream = list(common.mixed_batches(data, x_extra, y_extra, batch_size=16, fraction=fraction))
+    assert len(stream) == 4  # 64 images in all, as the labelled set has
+    for x, y in stream:
+        extra = y >= 100
+        assert len(y.unique()) == len(x) == 16 and extra.sum() == share and (x[extra] == 1).all()
+        assert torch.equal(x[~extra], common.to_float(data.x_train[y[~extra]]))
+    assert len(torch.cat([y for _, y in stream]).unique()) == 64
+
+
+def test_few_extra_images_come_again_only_when_all_have_come(data):
+    x_extra, y_extra = torch.zeros(7, 3, 8, 8, dtype=torch.uint8), torch.arange(7) + 100
+    drawn = torch.cat([y[y >= 100] for _, y in common.mixed_batches(data, x_extra, y_extra, 16, 0.5)])
+    assert sorted(drawn.unique(return_counts=True)[1].tolist()) == [4, 4, 4, 5, 5, 5, 5]  # 32 draws from 7
+
+
+# --------------------------------------------------------------------------------------------------- networks
 
 
 @pytest.mark.parametrize("arch, depth, width, parameters", [
@@ -155,8 +248,13 @@ def test_parameter_counts(arch, depth, width, parameters):
 
 
 def reference_norm(state, name, x):
-    return F.batch_norm(x, state[name + ".running_mean"], state[name + ".running_var"], state[name + ".weight"],
-                        state[name + ".bias"])
+    return F.batch_norm(x, state[name + ".running_mean"], state[name + ".running_var"],
+                        state[name + ".weight"], state[name + ".bias"])
+
+
+def reference_head(state, x):
+    pooled = F.avg_pool2d(reference_norm(state, "bn1", x).relu(), 8).flatten(1)
+    return F.linear(pooled, state["fc.weight"], state["fc.bias"])
 
 
 def reference_wide_resnet(state, x, blocks):
@@ -168,8 +266,9 @@ def reference_wide_resnet(state, x, blocks):
         shortcut = state.get(name + "convShortcut.weight")
         x = x if shortcut is None else F.conv2d(out, shortcut, stride=stride)
         out = F.conv2d(out, state[name + "conv1.weight"], stride=stride, padding=1)
-        x = x + F.conv2d(reference_norm(state, name + "bn2", out).relu(), state[name + "conv2.weight"], padding=1)
-    return F.linear(F.avg_pool2d(reference_norm(state, "bn1", x).relu(), 8).flatten(1), state["fc.weight"], state["fc.bias"])
+        out = reference_norm(state, name + "bn2", out).relu()
+        x = x + F.conv2d(out, state[name + "conv2.weight"], padding=1)
+    return reference_head(state, x)
 
 
 def reference_densenet(state, x, layers):
@@ -178,12 +277,12 @@ def reference_densenet(state, x, layers):
         for layer in range(layers):
             name = f"block{stage}.layer.{layer}."
             out = F.conv2d(reference_norm(state, name + "bn1", x).relu(), state[name + "conv1.weight"])
-            out = F.conv2d(reference_norm(state, name + "bn2", out).relu(), state[name + "conv2.weight"], padding=1)
-            x = torch.cat([x, out], 1)
+            out = reference_norm(state, name + "bn2", out).relu()
+            x = torch.cat([x, F.conv2d(out, state[name + "conv2.weight"], padding=1)], 1)
         if stage < 3:
             out = reference_norm(state, f"trans{stage}.bn1", x).relu()
             x = F.avg_pool2d(F.conv2d(out, state[f"trans{stage}.conv1.weight"]), 2)
-    return F.linear(F.avg_pool2d(reference_norm(state, "bn1", x).relu(), 8).flatten(1), state["fc.weight"], state["fc.bias"])
+    return reference_head(state, x)
 
 
 def with_random_statistics(model):
@@ -196,7 +295,8 @@ def with_random_statistics(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("arch, width, reference", [("wrn", 2, reference_wide_resnet), ("densenet", 6, reference_densenet)])
+@pytest.mark.parametrize("arch, width, reference", [("wrn", 2, reference_wide_resnet),
+                                                    ("densenet", 6, reference_densenet)])
 def test_a_published_checkpoint_gives_its_logits(arch, width, reference):
     torch.manual_seed(0)
     published = with_random_statistics(common.build_model(arch, 16, width, 10)).state_dict()
@@ -217,18 +317,40 @@ def test_a_checkpoint_of_another_network_is_refused():
         common.build_model("wrn", 35, 1, 10)
 
 
+# -------------------------------------------------------------------------------------------------- execution
+
+
 def test_bf16_keeps_logits_and_pixels_in_float32():
     torch.manual_seed(0)
     model, x = with_random_statistics(common.build_model("wrn", 10, 1, 10)), torch.rand(8, 3, 32, 32)
     exact = model(x)
-    common.execute(model, torch.device("cpu"), "bf16", "off")
+    assert common.set_execution(model, CPU, "bf16", "off", None) == "bf16, channels_last, eager"
     assert model(x).dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters())
     assert 0 < (model(x) - exact).abs().max() < 0.05 * exact.abs().max()
     with common.exact_precision(model):
         torch.testing.assert_close(model(x), exact)
 
 
-# ------------------------------------------------------------------------------------------------------- attacks
+def test_the_measured_precision_is_printed_stored_and_kept_on_resume(tiny, tmp_path, monkeypatch, capsys):
+    tiny += ["--epochs", "1", "--precision", "auto"]
+
+    def train(fp32, bf16, *argv):
+        monkeypatch.setattr(common, "measure_precisions", lambda *_: {"fp32": fp32, "bf16": bf16})
+        train_trades.main([*tiny, *argv])
+        return capsys.readouterr().out
+
+    assert "bf16 (an attack step takes 2 s in fp32, 1 s in bf16)" in train(2.0, 1.0)
+    stored = common.read_json(tmp_path / "run" / "args.json")
+    assert stored["precision"] == "bf16"
+    again = train(1.0, 2.0)  # the same command, where the other is faster now
+    assert "bf16, channels_last" in again and "1 of 1 epochs done" in again
+    assert common.read_json(tmp_path / "run" / "args.json") == stored
+    assert "fp32 (an attack step takes 1 s" in train(1.0, 2.0, "--out", str(tmp_path / "other"))
+    with pytest.raises(UserError, match="--precision bf16 there, fp32 here"):
+        train_trades.main([*tiny, "--precision", "fp32"])
+
+
+# ---------------------------------------------------------------------------------------------------- attacks
 
 
 class Linear(nn.Module):
@@ -242,34 +364,66 @@ class Linear(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def test_linf_pgd_reaches_the_closed_form_maximum_on_a_linear_network():
+@pytest.mark.parametrize("norm, room, steps, atol", [("linf", 0, 10, 1e-12), ("l2", 0.2, 30, 1e-3)])
+def test_pgd_reaches_the_closed_form_maximum_on_a_linear_network(norm, room, steps, atol):
     torch.manual_seed(0)
-    model, x, y = Linear(classes=2), torch.rand(5, 3, 4, 4).double(), torch.tensor([0, 1, 0, 1, 0])
-    x_adv = common.pgd(model, x, common.cross_entropy_to(y), eps=0.1, step_size=0.03, steps=10)
-    ascent = (model.fc.weight[1 - y] - model.fc.weight[y]).sign().view_as(x)
-    torch.testing.assert_close(x_adv, (x + 0.1 * ascent).clamp(0, 1), atol=1e-12, rtol=0)
-
-
-def test_l2_pgd_reaches_the_closed_form_maximum_on_a_linear_network():
-    torch.manual_seed(0)
-    model, y = Linear(classes=2), torch.tensor([0, 1, 0])
-    x = torch.full((3, 3, 4, 4), 0.5).double()  # far from the walls of [0, 1]
-    x_adv = common.pgd(model, x, common.margin_to(y), eps=0.2, step_size=0.05, steps=30, norm="l2")
+    model, y = Linear(classes=2), torch.tensor([0, 1, 0, 1, 0])
+    x = torch.rand(5, 3, 4, 4).double().clamp(room, 1 - room)  # in l2 away from the walls of [0, 1]
+    attack = Attack(norm=norm, eps=0.2, step_size=0.05, steps=steps)
     ascent = model.fc.weight[1 - y] - model.fc.weight[y]
-    expected = x + 0.2 * (ascent / ascent.norm(dim=1, keepdim=True)).view_as(x)
-    torch.testing.assert_close(x_adv, expected, atol=1e-3, rtol=0)
+    unit = ascent.sign() if norm == "linf" else ascent / ascent.norm(dim=1, keepdim=True)
+    for loss in (common.margin_to(y), common.cross_entropy_to(y)):
+        x_adv = common.pgd(model, x, loss, attack)
+        torch.testing.assert_close(x_adv, (x + 0.2 * unit.view_as(x)).clamp(0, 1), atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.03), ("l2", 0.5)])
-@pytest.mark.parametrize("start", ["uniform", "gaussian", "none"])
-@pytest.mark.parametrize("steps", [0, 3])
-def test_the_result_lies_in_the_ball_and_in_the_pixel_range(norm, eps, start, steps):
-    torch.manual_seed(0)
-    model, x, y = Linear().float(), torch.rand(20, 3, 4, 4).round(), torch.zeros(20, dtype=torch.int64)
-    x_adv = common.pgd(model, x, common.cross_entropy_to(y), eps=eps, step_size=eps / 2, steps=steps, start=start, norm=norm)
-    distance = (x_adv - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
-    assert distance.max() <= eps + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
-    assert steps == 0 or distance.min() > 0
+def state_of(model):
+    """All that an attack must leave as it was."""
+    tensors = [*model.state_dict().values(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    flags = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    return [tensor.clone() for tensor in tensors], flags
+
+
+def unchanged(model, before):
+    tensors, flags = state_of(model)
+    same = len(tensors) == len(before[0]) and all(a.equal(b) for a, b in zip(tensors, before[0]))
+    return same and flags == before[1]
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_keeps_its_promises_over_random_settings(dtype, rounding, norm):
+    """In the ball and in [0, 1]; the model's mode, gradients, buffers and requires_grad flags as before."""
+    draw = random.Random(0)
+    for case in range(50):
+        torch.manual_seed(case)
+        n, size, classes = draw.randint(1, 4), draw.randint(3, 5), draw.randint(2, 4)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                              nn.Linear(4 * (size - 2) ** 2, classes)).to(dtype).eval()
+        model(torch.rand(6, 3, size, size, dtype=dtype)).sum().backward()  # a gradient in flight
+        for module in model:
+            module.train(draw.random() < 0.5)
+        for parameter in model.parameters():
+            parameter.requires_grad_(draw.random() < 0.7)
+        x, y = torch.rand(n, 3, size, size, dtype=dtype), torch.randint(0, classes, (n,))
+        x = torch.where(torch.rand(n, 1, 1, 1) < 0.5, x.round(), x)  # black and white pixels: no way out
+        eps = draw.choice((0, 1e-4, 0.03, 0.5, 2))
+        attack = Attack(norm=norm, eps=eps, step_size=draw.choice((0, eps / 2, 2 * eps, 0.01)),
+                        steps=draw.randint(0, 3), start=draw.choice(("uniform", "gaussian", "none")))
+        p = torch.rand(n, classes, dtype=dtype).softmax(1)
+        loss = draw.choice((common.cross_entropy_to(y), common.margin_to(y), common.kl_to(p), torch.sum))
+        before, given = state_of(model), x.clone()
+        with pytest.raises(ZeroDivisionError) if attack.steps else contextlib.nullcontext():
+            common.pgd(model, x, lambda logits: 1 / 0, attack)
+        assert unchanged(model, before)
+        x_adv, norms = common.pgd(model, x, loss, attack, gradient_norm=True)
+        assert unchanged(model, before) and x.equal(given)
+        assert x_adv.shape == x.shape and x_adv.dtype == norms.dtype == dtype and not x_adv.requires_grad
+        distance = (x_adv - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
+        assert distance.max() <= eps + rounding and x_adv.min() >= 0 and x_adv.max() <= 1, attack
+        assert eps > 0 or x_adv.equal(x)
+        assert eps == 0 or attack.start == "none" or distance.min() > 0
+        assert attack.steps > 0 or norms.eq(0).all() and (attack.start != "none" or x_adv.equal(x))
 
 
 def test_starts_have_the_published_distributions():
@@ -282,139 +436,142 @@ def test_starts_have_the_published_distributions():
     assert radius.max() <= 0.5 and abs(((radius / 0.5) ** 3).mean().item() - 0.5) < 0.05  # uniform in a 3-d ball
 
 
-def test_the_attack_leaves_the_model_as_found():
-    torch.manual_seed(0)
-    model = common.build_model("wrn", 10, 1, 10)
-    model.block1.eval()                       # a mixed state, and a gradient in flight
-    model.conv1.weight.requires_grad_(False)
-    model(torch.rand(4, 3, 8, 8)).sum().backward()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    modes = [module.training for module in model.modules()]
-    common.pgd(model, torch.rand(4, 3, 8, 8), lambda logits: logits.sum(), eps=0.1, step_size=0.1, steps=2)
-    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
-    assert all(p.grad.equal(gradients[name]) for name, p in model.named_parameters() if p.grad is not None)
-    assert len(gradients) > 10 and modes == [module.training for module in model.modules()]
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
-    with pytest.raises(ZeroDivisionError):
-        common.pgd(model, torch.rand(4, 3, 8, 8), lambda logits: 1 / 0, eps=0.1, step_size=0.1, steps=2)
-    assert modes == [module.training for module in model.modules()]
-
-
 def test_attack_losses_against_formulas_by_hand():
     torch.manual_seed(0)
     logits, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 0])
     p, q = torch.randn(6, 5, dtype=torch.float64).softmax(1), logits.exp() / logits.exp().sum(1, keepdim=True)
-    rows = range(6)
-    assert common.kl_to(p)(logits).item() == pytest.approx((p * (p.log() - q.log())).sum().item(), abs=1e-12)
-    assert common.cross_entropy_to(y)(logits).item() == pytest.approx(-sum(math.log(q[i, y[i]]) for i in rows), abs=1e-12)
+    kl, rows = (p * (p.log() - q.log())).sum().item(), range(6)
+    cross_entropy = -sum(math.log(q[i, y[i]]) for i in rows)
     margins = [max(logits[i, j].item() for j in range(5) if j != y[i]) - logits[i, y[i]].item() for i in rows]
+    assert common.kl_to(p)(logits).item() == pytest.approx(kl, abs=1e-12)
+    assert common.cross_entropy_to(y)(logits).item() == pytest.approx(cross_entropy, abs=1e-12)
     assert common.margin_to(y)(logits).item() == pytest.approx(sum(margins), abs=1e-12)
 
 
 def test_gradient_norm_is_the_largest_l1_norm_met():
     torch.manual_seed(0)
     model, x = Linear(classes=2), torch.rand(4, 3, 4, 4).double()
-    norms = torch.zeros(4, dtype=torch.float64)
-    common.pgd(model, x, lambda logits: logits[:, 0].sum(), eps=0.1, step_size=0.05, steps=3, gradient_norm=norms)
-    assert norms.tolist() == pytest.approx([model.fc.weight[0].abs().sum().item()] * 4)
+    scales = iter((1.0, -3.0, 2.0))
+    _, norms = common.pgd(model, x, lambda logits: next(scales) * logits[:, 0].sum(),
+                          Attack(eps=0.1, step_size=0.05, steps=3), gradient_norm=True)
+    assert norms.tolist() == pytest.approx([3 * model.fc.weight[0].abs().sum().item()] * 4)
 
 
-# ----------------------------------------------------------------------------------------------------- schedules
+# -------------------------------------------------------------------------------------------------- schedules
+
+
+SCHEDULES = {**common.SCHEDULES, "awp": partial(common.step, milestones=(0.5, 0.75))}
+ALL = range(1, 101)
 
 
 @pytest.mark.parametrize("schedule, epochs, expected", [
-    ("exp-decay", 100, {1: 1, 74: 1, 75: 0.5, 76: 0.25, 100: 0.5 ** 26}),
+    ("exp-decay", 100, {e: 1 if e < 75 else 0.5 ** (e - 74) for e in ALL}),
+    ("step", 100, {e: 1 if e < 75 else 0.1 if e < 90 else 0.01 if e < 100 else 0.001 for e in ALL}),
+    ("cosine", 100, {e: 0.5 * (1 + math.cos(math.pi * (e - 1) / 100)) for e in ALL}),
+    ("awp", 200, {1: 1, 99: 1, 100: 0.1, 149: 0.1, 150: 0.01, 200: 0.01}),
     ("exp-decay", 200, {149: 1, 150: 0.5, 151: 0.5, 152: 0.25, 200: 0.5 ** 26}),
     ("exp-decay", 5, {3: 1, 4: 0.5, 5: 0.25}),
-    ("exp-decay", 110, {82: 1, 83: 0.5, 99: 0.5 ** 16, 110: 0.5 ** 26}),  # 15 and 25 periods of 1.1 epochs, exactly
-    ("step", 100, {1: 1, 74: 1, 75: 0.1, 89: 0.1, 90: 0.01, 99: 0.01, 100: 0.001}),
+    ("exp-decay", 110, {82: 1, 83: 0.5, 99: 0.5 ** 16, 110: 0.5 ** 26}),  # 15 and 25 times 1.1 epochs, exactly
     ("step", 200, {149: 1, 150: 0.1, 180: 0.01}),
     ("cosine", 200, {1: 1, 101: 0.5, 200: 0.5 * (1 + math.cos(math.pi * 199 / 200))}),
 ])
-def test_learning_rates_at_their_corner_points(schedule, epochs, expected):
-    for epoch, factor in expected.items():
-        assert common.learning_rate(schedule, 0.1, epoch, epochs) == pytest.approx(0.1 * factor, rel=1e-9)
+def test_learning_rates_of_the_recipes(schedule, epochs, expected):
+    found = {epoch: SCHEDULES[schedule]((epoch - 1) / epochs, epochs) for epoch in expected}
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_step_milestones_of_awp():
-    rates = [common.learning_rate("step", 0.1, epoch, 200, milestones=(50, 75)) for epoch in (99, 100, 149, 150)]
-    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("epochs", [5, 10, 37, 1000])
+def test_learning_rates_fall_from_one_and_stay_above_zero(schedule, epochs):
+    found = [SCHEDULES[schedule](done / (4 * epochs), epochs) for done in range(4 * epochs)]  # inside epochs too
+    assert found[0] == 1 > found[-1] > 0 and found == sorted(found, reverse=True)
 
 
-# ------------------------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------------------------------------------- metrics
 
 
 def test_three_metrics_by_hand():
     y, natural, adversarial = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, 0]])
-    metrics = common.three_metrics(y, natural, adversarial)
-    assert metrics == {"n": 6, "natural_accuracy": 4 / 6, "robust_accuracy": 2 / 6, "perturbation_stability": 4 / 6}
+    assert common.three_metrics(y, natural, adversarial) == {
+        "n": 6, "natural_accuracy": 4 / 6, "robust_accuracy": 2 / 6, "perturbation_stability": 4 / 6}
 
 
-def test_evaluation_counts_every_image_once_in_a_partial_batch_too():
-    seen = []
+@pytest.mark.parametrize("n, batch_size, restarts", [(103, 10, 5), (103, 10, 1), (103, 103, 5), (5, 64, 9)])
+def test_evaluation_is_that_of_all_restarts_on_all_images(monkeypatch, n, batch_size, restarts):
+    """A pixel holds an image's number, another how often it was attacked; a table says the prediction then."""
+    torch.manual_seed(n)
+    outcome, y = torch.randint(0, 4, (restarts + 1, n)), torch.randint(0, 4, (n,))
+    outcome = torch.where(torch.rand(restarts + 1, n) < 0.7, outcome[0], outcome)  # [0] is f(x)
+    attacks, sizes = torch.zeros(n, dtype=torch.int64), set()
 
-    class Parity(nn.Module):
+    def numbers(x, channel=0):
+        return (x[:, channel, 0, 0] * 255).round().long()
+
+    class Model(nn.Module):
         precision = "fp32"
 
-        def forward(self, x):  # the first pixel says the class; the attack has no gradient to follow
-            seen.append(len(x))
-            return F.one_hot((x[:, 0, 0, 0] * 255).round().long() % 2, 2).float() + 0 * x.sum((1, 2, 3))[:, None]
+        def forward(self, x):
+            sizes.add(len(x))
+            return F.one_hot(outcome[numbers(x, 1), numbers(x)], 4).float()
 
-    x = torch.arange(103, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    y = torch.cat([torch.arange(100) % 2, torch.tensor([1, 0, 1])])  # the last partial batch is all wrong
-    metrics = common.evaluate(Parity(), x, y, eps=0.001, step_size=0.0, steps=1, start="none", batch_size=10)
-    assert metrics["n"] == 103 and metrics["natural_accuracy"] == 100 / 103 and metrics["perturbation_stability"] == 1
-    assert set(seen) == {10}  # one shape, for compiled code
-    assert common.evaluate(Parity(), x[:4], y[:4], eps=0.001, step_size=0.0, steps=1, start="none")["n"] == 4
+    def attacked(model, x, loss, attack):
+        assert loss(100.0 * F.one_hot(y[numbers(x)], 4)) < 1e-6  # the labels are those of the images
+        attacks[numbers(x).unique()] += 1
+        x = x.clone()
+        x[:, 1, 0, 0] = attacks[numbers(x)] / 255
+        return x
+
+    monkeypatch.setattr(common, "pgd", attacked)
+    x = torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
+    x[:, 0, 0, 0] = torch.arange(n)
+    attack = Attack(restarts=restarts)
+    metrics, points = common.evaluate(Model(), common.padded_batches(x, y, batch_size), attack)
+    first = (outcome != outcome[0]).int().argmax(0)  # the attack that changes the prediction, 0 if none does
+    adversarial = outcome[first, torch.arange(n)]
+    assert points["label"].equal(y) and points["natural"].equal(outcome[0])  # in the stream's order
+    assert points["adversarial"].equal(adversarial)
+    assert attacks.equal(torch.where(first > 0, first, restarts))  # and not attacked again
+    assert metrics == {**common.three_metrics(y, outcome[0], adversarial), "attack": vars(attack)}
+    rows = min(batch_size, n)  # few sizes, for compiled code: quarters of a batch, and one alone without restarts
+    assert sizes <= {min(k * math.ceil(rows / 4), rows) for k in (1, 2, 3, 4)} and rows in sizes
+    assert restarts > 1 or sizes == {rows}
 
 
 def test_evaluation_leaves_the_random_stream_alone_and_repeats_itself():
     torch.manual_seed(0)
     model, x = common.build_model("wrn", 10, 1, 4), torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8)
-    y = torch.arange(30) % 4
-    before = torch.get_rng_state()
-    first, again = (common.evaluate(model, x, y, eps=0.1, step_size=0.05, steps=2) for _ in range(2))
-    assert before.equal(torch.get_rng_state()) and first == again and model.training
+    before, rng, found = state_of(model), torch.get_rng_state(), []
+    for restarts in (1, 1, 4):
+        attack = Attack(eps=0.1, step_size=0.05, steps=2, restarts=restarts)
+        found.append(common.evaluate(model, common.padded_batches(x, torch.arange(30) % 4, 16), attack))
+    assert rng.equal(torch.get_rng_state()) and unchanged(model, before) and model.training
+    assert found[0][0] == found[1][0] and found[0][1]["adversarial"].equal(found[1][1]["adversarial"])
+    assert found[2][0]["perturbation_stability"] <= found[0][0]["perturbation_stability"]
 
 
 def test_local_lipschitzness_is_a_tight_lower_bound_on_a_linear_network():
     torch.manual_seed(0)
-    weight = torch.randn(2, 12)
-
-    class Small(nn.Module):
-        precision = "fp32"
-
-        def forward(self, x):
-            return x.flatten(1) @ weight.T
-
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    model.precision, weight = "fp32", model[1].weight.detach()
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=12)))
     largest = (signs @ weight.T).abs().sum(1).max().item()  # of ‖Wδ‖₁ over the corners ‖δ‖∞ = 1
-    found = common.local_lipschitzness(Small(), torch.full((5, 3, 2, 2), 128, dtype=torch.uint8), eps=0.1, step_size=0.02,
-                                       steps=20)
+    stream = common.padded_batches(torch.full((5, 3, 2, 2), 128, dtype=torch.uint8), torch.zeros(5), 3)
+    found = common.local_lipschitzness(model, stream, Attack(eps=0.1, step_size=0.02, steps=20))
     assert 0.9 * largest < found <= largest * 1.001
 
 
-def test_synthetic_data_are_fixed_by_their_seed():
-    first, again, other = (common.synthetic(50, 20, seed) for seed in (0, 0, 1))
-    assert all((first[key] == again[key]).all() for key in first) and (first["x_train"] != other["x_train"]).any()
-    assert first["x_train"].shape == (50, 32, 32, 3) and first["x_train"].dtype == np.uint8
+# ------------------------------------------------------------------------------------------------- run folder
 
 
-# --------------------------------------------------------------------------------------------- the run's folder
-
-
-def run(*extra, script="train_trades.py", **options):
+def run(*extra, script=ROOT / "train_trades.py", **options):
     """A script in a process of its own, as a user starts it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, ROOT / script, *map(str, extra)], capture_output=True, text=True,
-                          env=environment, **options)
+    return subprocess.run([sys.executable, script, *map(str, extra)], capture_output=True, text=True, **options)
 
 
-def start_and_stop(arguments, when, how, timeout=120):
-    """Start training, send the signal `how` as soon as `when()` holds, and return the finished process."""
-    process = subprocess.Popen([sys.executable, ROOT / "train_trades.py", *map(str, arguments)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def start_and_stop(command, when, how, timeout=120):
+    """Start a Python process, send it the signal `how` as soon as `when()` holds, and return it, finished."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, cwd=ROOT)
     deadline = time.monotonic() + timeout
     while not when() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -423,118 +580,273 @@ def start_and_stop(arguments, when, how, timeout=120):
     return process
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def lines_of(path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def comparable_log(folder):
-    timing = ("seconds", "images_per_second")
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key not in timing} for entry in entries]
+def assert_same_runs(*folders):
+    """Weights, optimizer, random numbers, log but for the times, and metrics, all equal to the last bit."""
+    found = [{name: common.read_checkpoint(folder / name) for name in ("last.pt", "best.pt")} for folder in folders]
+    for checkpoint in (checkpoint for pair in found for checkpoint in pair.values()):
+        del checkpoint["args"]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    logs = [common.read_log(folder / "log.jsonl") for folder in folders]
+    for entry in itertools.chain(*logs):
+        del entry["seconds"], entry["images_per_second"]
+    assert logs[0] == logs[1]
+    assert len({(folder / "metrics.json").read_bytes() for folder in folders}) == 1
 
 
-def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(tmp_path):
-    write_npz(tmp_path / "tiny.npz", n_train=320)
-    arguments = [*TINY, "--dataset", "tiny", "--data-dir", tmp_path, "--epochs", 4]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert run(*arguments, "--out", whole).returncode == 0
-    killed = start_and_stop([*arguments, "--out", cut], lambda: lines_of(cut / "log.jsonl") >= 2, signal.SIGKILL)
+def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(tiny, write_npz, tmp_path, capsys):
+    write_npz(n_train=320)
+    tiny += ["--epochs", "4", "--test-size", "21"]
+    whole, cut = tmp_path / "whole", tmp_path / "run"
+    killed = start_and_stop([ROOT / "train_trades.py", *tiny], lambda: lines_of(cut / "log.jsonl") >= 2,
+                            signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL and lines_of(cut / "log.jsonl") in (2, 3)
     with open(cut / "log.jsonl", "a") as file:
         file.write('{"epoch": 3, "lr"')  # as a kill in the middle of a write leaves it
-    resumed = run(*arguments, "--out", cut)
-    assert resumed.returncode == 0, resumed.stderr
-    states = [torch.load(folder / "last.pt", weights_only=True) for folder in (whole, cut)]
-    assert all(value.equal(states[1]["model"][key]) for key, value in states[0]["model"].items())
-    assert comparable_log(whole) == comparable_log(cut) and len(comparable_log(cut)) == 4
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, cut)]
-    assert metrics[0] == metrics[1] and metrics[0]["n"] == 41
+    train_trades.main(tiny)
+    train_trades.main([*tiny, "--out", str(whole)])
+    assert_same_runs(whole, cut)
+    assert lines_of(cut / "log.jsonl") == 4 and common.read_json(cut / "metrics.json")["last"]["n"] == 21
 
-    again = run(*arguments, "--out", cut)  # a finished run, repeated, prints its metrics and ends
-    assert again.returncode == 0 and "natural" in again.stdout.splitlines()[-1]
-    assert comparable_log(whole) == comparable_log(cut)
+    before = contents(cut)
+    train_trades.main(tiny)  # a finished run, repeated, prints its metrics and ends
+    assert "natural" in capsys.readouterr().out.splitlines()[-1] and before == contents(cut)
 
 
-def test_ctrl_c_keeps_the_last_finished_epoch(tmp_path):
-    write_npz(tmp_path / "tiny.npz", n_train=480)
-    folder = tmp_path / "run"
-    arguments = [*TINY, "--dataset", "tiny", "--data-dir", tmp_path, "--epochs", 50, "--out", folder]
-    stopped = start_and_stop(arguments, lambda: lines_of(folder / "log.jsonl") >= 2, signal.SIGINT)
-    assert stopped.returncode == 130 and "is kept in" in stopped.err and "Traceback" not in stopped.err
-    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] >= 1
+def test_ctrl_c_keeps_the_last_finished_epoch(tiny, write_npz, tmp_path):
+    write_npz(n_train=480)
+    stopped = start_and_stop([ROOT / "train_trades.py", *tiny, "--epochs", "50"],
+                             lambda: lines_of(tmp_path / "run" / "log.jsonl") >= 2, signal.SIGINT)
+    assert stopped.returncode == 130 and "is kept" in stopped.err and stopped.err.count("\n") == 1
+    assert common.read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
 
 
-def test_the_folder_holds_what_the_readme_promises(data_dir):
-    out = data_dir / "run"
-    train_trades.main([*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "2", "--out", str(out)])
-    assert {path.name for path in out.iterdir()} == {"args.json", "log.jsonl", "last.pt", "best.pt", "metrics.json"}
-    entry = comparable_log(out)[-1]
-    assert set(entry) == {"epoch", "lr", "beta", "natural_risk", "robust_regularization", "lipschitz", "natural_accuracy",
-                          "robust_accuracy", "perturbation_stability"}
+def train_linear(folder, leave=None):
+    """Three epochs of a linear network; `leave` gives the second up and says how: break, continue or raise."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    args = SimpleNamespace(out=str(folder), epochs=3, code={}, accept_changed_code=False)
+    run = common.Run(args, model, optimizer, images=8)
+    for epoch in run.epochs():
+        for i in range(4):
+            loss = F.cross_entropy(model(torch.rand(2, 3, 2, 2)), torch.randint(0, 3, (2,)))
+            if i == 1:
+                continue
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.record(2, natural_risk=loss)
+            if leave and epoch == 2 and i == 2:
+                break
+        if leave == "raise" and epoch == 2:
+            raise ZeroDivisionError
+        if leave == "break" and epoch == 2:
+            break
+        if leave == "continue" and epoch > 1:
+            continue
+        run.end_epoch(lr=0.1, **dict.fromkeys(common.METRICS, (0.1, 0.3, 0.2)[epoch - 1]))
+    if not leave:
+        lipschitzness = {"local_lipschitzness": model[1].weight.norm().item()}
+        run.finish(lambda: {**dict.fromkeys(common.METRICS, 0.5), **lipschitzness})
+
+
+@pytest.fixture(scope="module")
+def whole_linear(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train_linear(folder)
+    assert common.read_checkpoint(folder / "best.pt")["epoch"] == 2
+    return folder
+
+
+@pytest.mark.parametrize("leave", ["break", "continue", "raise"])
+def test_a_loop_left_anywhere_resumes_to_the_same_weights(tmp_path, whole_linear, leave):
+    with pytest.raises(ZeroDivisionError) if leave == "raise" else contextlib.nullcontext():
+        train_linear(tmp_path, leave)
+    assert common.read_checkpoint(tmp_path / "last.pt")["epoch"] == lines_of(tmp_path / "log.jsonl") == 1
+    train_linear(tmp_path)
+    assert_same_runs(whole_linear, tmp_path)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Disk:
+    """Counts what a run does to files. Operation number `at` fails; with `kill`, so do all that follow it."""
+
+    def __init__(self, patch, at=0, kill=False):
+        self.count, self.at, self.kill = 0, at, kill
+        patch.setattr(common, "open", self.open, raising=False)
+        for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (Path, "mkdir")):
+            patch.setattr(owner, name, self.counted(getattr(owner, name)))
+
+    def step(self):
+        self.count += 1
+        if self.kill and self.count >= self.at > 0:
+            raise Killed
+        if self.count == self.at:
+            raise OSError(28, "No space left on device")
+
+    def counted(self, function):
+        def wrapper(*args, **kwargs):
+            self.step()
+            return function(*args, **kwargs)
+        return wrapper
+
+    @contextlib.contextmanager
+    def open(self, *args):
+        self.step()
+        with open(*args) as file:
+            def write(content):
+                file.write(content[:len(content) // 2])  # where the second half fails, the first is there
+                self.step()
+                file.write(content[len(content) // 2:])
+            yield SimpleNamespace(write=write, flush=self.counted(file.flush), fileno=file.fileno)
+        self.step()  # closing
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_whichever_file_operation_fails_a_run_resumes_to_the_same_end(tmp_path, monkeypatch, capsys, whole_linear,
+                                                                      kill):
+    with monkeypatch.context() as patch:
+        disk = Disk(patch)
+        train_linear(tmp_path / "clean")
+    assert disk.count > 60
+    for at in range(1, disk.count + 1):
+        folder = tmp_path / str(at)
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises((Killed, SystemExit)) as ended:
+            Disk(patch, at, kill)
+            patch.setattr(sys, "argv", ["train_linear.py"])
+            common.launch(lambda argv: train_linear(folder))
+        if not kill:  # one line and status 2
+            error = capsys.readouterr().err
+            assert ended.value.code == 2 and error.count("\n") == 1 and "No space left on device" in error
+        train_linear(folder)
+        assert_same_runs(whole_linear, folder)
+        assert set(contents(folder)) == {"args.json", "best.pt", "last.pt", "log.jsonl", "metrics.json"}, at
+
+
+def test_a_run_in_use_by_another_process_is_left_alone_until_that_ends(tiny, tmp_path):
+    folder, held, refused = tmp_path / "run", tmp_path / "held", []
+    folder.mkdir()
+
+    def try_to_start():
+        if held.exists():
+            refused.append(run(*tiny))
+        return refused
+
+    hold = "import sys, time, common; from pathlib import Path; common.lock(Path(sys.argv[1])); " \
+           "Path(sys.argv[2]).touch(); time.sleep(1000)"
+    assert start_and_stop(["-c", hold, folder, held], try_to_start, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert refused[0].returncode == 2 and refused[0].stderr.count("\n") == 1
+    assert f"{folder} is in use by another process; choose another --out" in refused[0].stderr
+    assert not contents(folder)
+    train_trades.main([*tiny, "--epochs", "1"])  # the lock went with the process
+    assert (folder / "metrics.json").exists()
+
+
+def test_the_folder_holds_what_the_readme_promises(tiny, tmp_path):
+    train_trades.main([*tiny, "--test-size", "21"])
+    out = tmp_path / "run"
+    assert set(contents(out)) == {"args.json", "log.jsonl", "last.pt", "best.pt", "metrics.json"}
+    assert set(common.read_log(out / "log.jsonl")[-1]) == {
+        "epoch", "lr", "beta", "natural_risk", "robust_regularization", "lipschitz", "n", "attack", "seconds",
+        "images_per_second", "natural_accuracy", "robust_accuracy", "perturbation_stability"}
     checkpoint = torch.load(out / "last.pt", weights_only=True)
-    assert checkpoint["epoch"] == 2 and checkpoint["args"]["method"] == "trades" and checkpoint["args"]["width"] == 1
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["n"] == 41 and metrics["attack"]["steps"] == 20 and metrics["attack"]["step_size"] == 0.003
-    assert metrics["local_lipschitzness"] > 0
-    assert metrics["robust_accuracy"] <= min(metrics["natural_accuracy"], metrics["perturbation_stability"])
+    args = checkpoint["args"]
+    assert checkpoint["epoch"] == 2 and args["method"] == "trades" and args["width"] == 1
+    for metrics in common.read_json(out / "metrics.json").values():
+        assert metrics["n"] == 21 and metrics["attack"]["steps"] == 20
+        assert metrics["attack"]["step_size"] == 0.003 and metrics["local_lipschitzness"] > 0
+        assert metrics["robust_accuracy"] <= min(metrics["natural_accuracy"], metrics["perturbation_stability"])
 
 
-def test_the_final_test_can_be_of_a_random_subset_the_same_in_every_run(data_dir):
-    data = common.load_data("tiny", data_dir, torch.device("cpu"))
-    chosen = data.test_subset(20)
-    assert len(set(chosen.tolist())) == 20 and not chosen.equal(torch.arange(20)) and chosen.equal(data.test_subset(20))
-    assert data.test_subset(None).equal(torch.arange(41))
-    out = data_dir / "run"
-    train_trades.main([*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "1", "--test-size", "20",
-                       "--out", str(out)])
-    metrics = json.loads((out / "metrics.json").read_text())
+def test_the_final_test_can_be_of_a_random_subset_the_same_in_every_run(tiny, tmp_path):
+    data = load("tiny", tmp_path)
+    chosen = data.test_subset(9)
+    assert len(set(chosen.tolist())) == 9 and not chosen.equal(torch.arange(9))
+    assert chosen.equal(data.test_subset(9)) and data.test_subset(None).equal(torch.arange(21))
+    train_trades.main([*tiny, "--epochs", "1", "--test-size", "9"])
+    metrics = common.read_json(tmp_path / "run" / "metrics.json")["last"]
     model = common.build_model("wrn", 10, 1, data.classes)
-    common.load_weights(model, common.read_checkpoint(out / "last.pt")["model"], "last.pt")
+    common.load_weights(model, common.read_checkpoint(tmp_path / "run" / "last.pt")["model"], "last.pt")
     right = common.predict(model, common.to_float(data.x_test[chosen])) == data.y_test[chosen]
-    assert metrics["n"] == 20 and metrics["natural_accuracy"] == pytest.approx(right.float().mean().item())
+    assert metrics["n"] == 9 and metrics["natural_accuracy"] == pytest.approx(right.float().mean().item())
 
 
-def test_best_is_the_epoch_of_highest_monitored_robust_accuracy(data_dir, monkeypatch):
-    robust = iter([0.1, 0.4, 0.3, 0.4, 0.2])
-    monkeypatch.setattr(common, "evaluate", lambda *args, **kwargs: {
-        "n": 20, "natural_accuracy": 0.5, "robust_accuracy": next(robust), "perturbation_stability": 0.5})
-    out = data_dir / "run"
-    train_trades.main([*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "4", "--out", str(out)])
-    assert torch.load(out / "best.pt", weights_only=True)["epoch"] == 2
-    assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 4
+def test_best_is_the_epoch_of_highest_monitored_robust_accuracy(tiny, tmp_path, monkeypatch):
+    robust, tested = iter([0.1, 0.4, 0.3, 0.4, 0.2, 0.35]), []
+
+    def evaluate(model, *_):
+        tested.append(model.fc.bias.clone())
+        return {**dict.fromkeys(common.METRICS, 0.5), "robust_accuracy": next(robust)}, {}
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    train_trades.main([*tiny, "--epochs", "4"])
+    metrics = common.read_json(tmp_path / "run" / "metrics.json")
+    for name, epoch, accuracy, weights in (("last", 4, 0.2, tested[4]), ("best", 2, 0.35, tested[5])):
+        checkpoint = common.read_checkpoint(tmp_path / "run" / f"{name}.pt")
+        assert checkpoint["epoch"] == metrics[name]["epoch"] == epoch
+        assert metrics[name]["robust_accuracy"] == accuracy and checkpoint["model"]["fc.bias"].equal(weights)
 
 
-def test_a_run_is_named_after_every_setting_that_is_not_the_default(monkeypatch, tmp_path):
-    def name(*argv):
-        return common.start(common.training_parser("", "trades"), [*argv, "--device", "cpu"])[0].out
-    assert name() == "runs/trades-cifar10-wrn34-10-beta6-seed1"
-    assert name("--beta", "12", "--epochs", "5", "--eps", "8/255", "--data-dir", "x") == \
-        "runs/trades-cifar10-wrn34-10-beta12-seed1-epochs5-eps0.03137"
+def test_a_run_is_named_after_every_setting_that_is_not_the_default():
+    def started(*argv):
+        parser = common.training_parser(train_trades.__file__, "")
+        return common.start(parser, [*argv, "--device", "cpu"])[0]
+    assert started().out == "runs/trades-cifar10-wrn34-10-beta6-seed1"
+    args = started("--beta", "12", "--epochs", "5", "--eps", "8/255", "--step-size", "0.007", "--data-dir", "x")
+    assert args.out == "runs/trades-cifar10-wrn34-10-beta12-seed1-epochs5-eps0.03137"
+    assert args.eps == 8 / 255 and args.step_size == 0.007  # ratios and decimals
 
 
-# ---------------------------------------------------------------------------------------------------- mistakes
+def test_a_run_does_not_go_on_with_other_code_unless_told_to(tiny, tmp_path):
+    script, shared = (Path(shutil.copy(ROOT / name, tmp_path)) for name in ("train_trades.py", "common.py"))
+
+    def edited(path, old, new, *flags):
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+        return run(*tiny, "--epochs", "1", *flags, script=script, cwd=tmp_path)
+
+    assert edited(script, "", "").returncode == 0
+    shared.write_text(shared.read_text() + "\n# a comment\n")
+    assert "1 of 1 epochs done" in edited(script, '"""TRADES', '"""Words in the docstring. TRADES').stdout
+    before = contents(tmp_path / "run")
+    refused = edited(script, "natural_risk + beta *", "natural_risk + 2 * beta *")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and before == contents(tmp_path / "run")
+    assert "train_trades.py changed since; choose another --out, or --accept-changed-code" in refused.stderr
+    accepted = edited(shared, "0.001 * torch", "0.002 * torch", "--accept-changed-code")
+    assert accepted.returncode == 0 and "1 of 1 epochs done" in accepted.stdout
+    assert common.read_json(tmp_path / "run" / "args.json")["code"] == {
+        path.name: common.fingerprint(path) for path in (script, shared)}  # the run's code from now on
+    tiny[-2:], script = [], script.rename(tmp_path / "train_mine.py")
+    assert edited(script, "", "").returncode == 0
+    folder, = (tmp_path / "runs").iterdir()  # another script is another method
+    assert folder.name.startswith("mine-tiny-") and common.read_json(folder / "args.json")["method"] == "mine"
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--no-such-flag"], "unrecognized arguments"),
-    (["--epochs", "0"], "must be at least 1"),
-    (["--eps", "1/0"], "must be a number"),
-    (["--eps", "two"], "invalid number value"),
-    (["--eps", "nan"], "must be a number"),
-    (["--lr", "0"], "above 0"),
-    (["--beta", "-1"], "at least 0"),
-    (["--schedule", "linear"], "invalid choice"),
-    (["--depth", "35"], "6n \\+ 4"),
-    (["--dataset", "absent"], "absent.npz is missing"),
-    (["--device", "abacus"], "no such device"),
-    (["--device", "meta"], "cpu and cuda are supported"),
-    (["--seed", str(2 ** 64)], "below 2\\^63"),
-    pytest.param(["--device", "cuda"], "no such device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")),
-])
-def test_mistakes_are_named(data_dir, argv, message):
+# --------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("argv, message", {
+    "--no-such-flag": "unrecognized arguments", "--epochs 0": "must be at least 1",
+    "--eps 1/0": "must be a number", "--eps two": "invalid number value", "--eps nan": "must be a number",
+    "--lr 0": "above 0", "--beta -1": "at least 0", "--schedule linear": "invalid choice",
+    "--depth 35": r"6n \+ 4", "--dataset absent": "absent.npz is missing", "--device abacus": "no such device",
+    "--device meta": "cpu and cuda are supported", "--device cuda": "no such device",
+    f"--seed {2 ** 64}": r"below 2\^63"}.items())
+def test_mistakes_are_named(tiny, tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
-        train_trades.main([*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--out", str(data_dir / "run"), *argv])
-    assert not (data_dir / "run").exists()
+        train_trades.main([*tiny, *argv.split()])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_ends_in_one_line_and_status_2(tmp_path):
@@ -543,50 +855,59 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path):
     assert failed.stderr.startswith("train_trades.py: error: no data set 'absent'")
 
 
-def test_numbers_may_be_ratios():
-    args = common.training_parser("", "trades").parse_args(["--eps", "8/255", "--step-size", "0.007"])
-    assert args.eps == 8 / 255 and args.step_size == 0.007
-
-
-def test_a_folder_with_another_run_is_left_alone(data_dir):
-    argv = [*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "1", "--out", str(data_dir / "run")]
-    train_trades.main(argv)
-    before = {path.name: path.read_bytes() for path in (data_dir / "run").iterdir()}
+def test_a_folder_with_another_run_is_left_alone(tiny, tmp_path):
+    train_trades.main([*tiny, "--epochs", "1"])
+    before = contents(tmp_path / "run")
     with pytest.raises(UserError, match=r"other settings \(--beta 6.0 there, 12.0 here; --seed 1 there, 2 here\)"):
-        train_trades.main([*argv, "--beta", "12", "--seed", "2"])
-    assert before == {path.name: path.read_bytes() for path in (data_dir / "run").iterdir()}
+        train_trades.main([*tiny, "--epochs", "1", "--beta", "12", "--seed", "2"])
+    assert before == contents(tmp_path / "run")
 
 
-def test_a_corrupt_or_unsafe_checkpoint_is_refused(data_dir, tmp_path):
-    argv = [*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "2", "--out", str(data_dir / "run")]
-    train_trades.main(argv)
-    last = data_dir / "run" / "last.pt"
-    last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(UserError, match="last.pt cannot be read"):
-        train_trades.main(argv)
-    torch.save({"model": Linear()}, tmp_path / "pickled.pt")  # a whole module: reading it would run code
-    with pytest.raises(UserError, match="pickled.pt cannot be read"):
-        common.read_checkpoint(tmp_path / "pickled.pt")
-    with pytest.raises(UserError, match="no such checkpoint"):
-        common.read_checkpoint(tmp_path / "absent.pt")
+def saved(content):
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
-def test_a_diverged_loss_is_named_and_the_last_good_checkpoint_stays(data_dir, monkeypatch):
-    argv = [*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "3", "--out", str(data_dir / "run")]
+HARM = Harmful(os.system, "touch harm")
+NO_CHECKPOINTS = {
+    "empty": (b"", "it is empty"),
+    "page": (b"\n<!DOCTYPE html><html>Not found</html>", "it is a web page; download the file itself"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "it is a Git LFS pointer"),
+    "cut short": (saved({"model": torch.zeros(9999)})[:1000], "it is cut short, or another kind of file"),
+    "pickle": (pickle.dumps(HARM, 2), "asks for posix.system, which could run code"),
+    "pickle in zip": (saved({"model": HARM}), "asks for posix.system, which could run code"),
+    "module": (saved({"model": Linear()}), "asks for test_common.Linear, which could run code"),
+}
+
+
+@pytest.mark.parametrize("case", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path, monkeypatch, capfd, recwarn, case):
+    monkeypatch.chdir(tmp_path)
+    content, message = NO_CHECKPOINTS[case]
+    Path("some.pt").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        common.read_checkpoint("some.pt")
+    assert str(caught.value).startswith("some.pt cannot be read as a checkpoint of tensors: ")
+    assert message in str(caught.value) and not re.search("\n|weights_only|torch.load", str(caught.value))
+    assert not recwarn and capfd.readouterr() == ("", "") and os.listdir() == ["some.pt"]
+    with pytest.raises(UserError, match="absent.pt: no such checkpoint"):
+        common.read_checkpoint("absent.pt")
+
+
+def test_a_diverged_loss_is_named_and_the_last_good_checkpoint_stays(tiny, tmp_path, monkeypatch):
     genuine, calls = train_trades.trades_loss, []
 
     def diverging(*args):
         calls.append(1)
         loss, natural_risk, robust_regularization = genuine(*args)
-        return (loss, natural_risk * (math.nan if len(calls) == 7 else 1), robust_regularization)
+        return loss, natural_risk * (math.nan if len(calls) == 7 else 1), robust_regularization
     monkeypatch.setattr(train_trades, "trades_loss", diverging)
-    with pytest.raises(UserError, match="not finite at epoch 2, step 3; epoch 1 is kept"):
-        train_trades.main(argv)
-    assert torch.load(data_dir / "run" / "last.pt", weights_only=True)["epoch"] == 1
+    with pytest.raises(UserError, match="natural risk not finite at epoch 2, step 3; epoch 1 is kept"):
+        train_trades.main(tiny)
+    assert common.read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
 
 
-def test_weights_that_diverge_in_the_last_step_do_not_replace_the_checkpoint(data_dir, monkeypatch):
-    argv = [*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "2", "--out", str(data_dir / "run")]
+def test_weights_that_diverge_in_the_last_step_do_not_replace_the_checkpoint(tiny, tmp_path, monkeypatch):
     genuine, calls = torch.optim.SGD.step, []
 
     def diverging(optimizer):
@@ -596,49 +917,31 @@ def test_weights_that_diverge_in_the_last_step_do_not_replace_the_checkpoint(dat
             optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
     monkeypatch.setattr(torch.optim.SGD, "step", diverging)
     with pytest.raises(UserError, match="weights not finite after epoch 2; epoch 1 is kept"):
-        train_trades.main(argv)
-    assert torch.load(data_dir / "run" / "last.pt", weights_only=True)["model"]["conv1.weight"].isfinite().all()
+        train_trades.main(tiny)
+    assert common.read_checkpoint(tmp_path / "run" / "last.pt")["model"]["conv1.weight"].isfinite().all()
 
 
-def test_a_spoilt_run_folder_is_named(data_dir):
-    out = data_dir / "run"
-    argv = [*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "1", "--out", str(out)]
+def test_a_spoilt_run_folder_is_named(tiny, tmp_path):
+    out, argv = tmp_path / "run", [*tiny, "--epochs", "1"]
     train_trades.main(argv)
-    whole = {path.name: path.read_bytes() for path in out.iterdir()}
-    for name, content in (("args.json", b"[]"), ("log.jsonl", b"{\n"), ("metrics.json", b"{}"), ("last.pt", b"")):
+    whole = contents(out)
+    for name, content, *more in (("args.json", b"[]"), ("args.json", b"[]", "--precision", "auto"),
+                                 ("log.jsonl", b"{\n"), ("metrics.json", b"{}"), ("last.pt", b"")):
         (out / name).write_bytes(content)
         with pytest.raises(UserError, match="run"):
-            train_trades.main(argv)
+            train_trades.main([*argv, *more])
         (out / name).write_bytes(whole[name])
     (out / "last.pt").unlink()
     with pytest.raises(UserError, match="finished run without its last.pt"):
         train_trades.main(argv)
 
 
-def test_a_run_that_finished_no_epoch_may_start_over_with_other_settings(data_dir):
-    out = data_dir / "run"
-    argv = [*TINY, "--dataset", "tiny", "--data-dir", str(data_dir), "--epochs", "1", "--out", str(out)]
+def test_a_run_that_finished_no_epoch_may_start_over_with_other_settings(tiny, tmp_path):
+    out, argv = tmp_path / "run", [*tiny, "--epochs", "1"]
     train_trades.main(argv)
     for name in ("last.pt", "best.pt", "metrics.json"):
         (out / name).unlink()
     train_trades.main([*argv, "--eps", "0"])  # an attack of no size is an attack
     assert lines_of(out / "log.jsonl") == 1
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = common.read_json(out / "metrics.json")["last"]
     assert metrics["perturbation_stability"] == 1 and metrics["local_lipschitzness"] == 0
-
-
-def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path):
-    write_npz(tmp_path / "tiny.npz")
-    out = tmp_path / "run"
-    arguments = [*TINY, "--dataset", "tiny", "--data-dir", tmp_path, "--out", out]
-    assert run(*arguments, "--epochs", "1").returncode == 0
-    kept = (out / "last.pt").read_bytes()
-    for name in ("metrics.json", "args.json"):  # a run of two epochs of which one is done
-        (out / name).write_text((out / name).read_text().replace('"epochs": 1', '"epochs": 2'))
-    (out / "metrics.json").unlink()
-
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    failed = run(*arguments, "--epochs", "2", preexec_fn=small_files)
-    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "last.pt" in failed.stderr
-    assert (out / "last.pt").read_bytes() == kept and not list(out.glob(".*"))

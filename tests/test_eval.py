@@ -1,7 +1,8 @@
 """eval.py: what it counts, what it loads, what it writes, and how it ends."""
-import csv
 import json
 import logging
+import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,8 +12,7 @@ import torch.nn.functional as F
 import common
 import eval as evaluation
 import train_trades
-
-ATTACK = {"eps": 0.031, "step_size": 0.003, "steps": 20}
+from common import Attack
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +20,14 @@ def folder(tmp_path_factory):
     """Toy data, 8×8 images of noise in ten faint colours, and on it a trained run folder `run`."""
     folder, rng = tmp_path_factory.mktemp("eval"), np.random.default_rng(0)
     colours, arrays = rng.uniform(-1, 1, (10, 1, 1, 3)), {}
-    for split, n in (("train", 1500), ("test", 200)):
+    for split, n in (("train", 1000), ("test", 200)):
         y = arrays[f"y_{split}"] = rng.integers(0, 10, n)
         x = 0.5 + 0.1 * colours[y] + rng.normal(0, 0.1, (n, 8, 8, 3))
         arrays[f"x_{split}"] = np.uint8(np.clip(x, 0, 1) * 255 + 0.5)
     np.savez(folder / "toy.npz", **arrays)
-    train_trades.main(["--dataset", "toy", "--data-dir", str(folder), "--out", str(folder / "run"), "--device", "cpu",
-                       "--precision", "fp32", "--depth", "10", "--width", "1", "--epochs", "4", "--steps", "2",
-                       "--beta", "1", "--batch-size", "50", "--eval-size", "100"])
+    settings = ("--dataset toy --device cpu --precision fp32 --depth 10 --width 1 --epochs 3 --batch-size 20 "
+                "--beta 1 --eps 0.04 --step-size 0.03 --steps 1 --eval-size 40 --test-size 40")
+    train_trades.main([*settings.split(), "--data-dir", str(folder), "--out", str(folder / "run")])
     return folder
 
 
@@ -48,161 +48,127 @@ def run(folder, *flags, paths=("run",), json_file="out.json"):
     return json.loads(out.read_text())
 
 
-def attack(model, x, y, name="pgd", **changes):
-    args = evaluation.arguments(["none", *(f"--{key.replace('_', '-')}={value}" for key, value in changes.items())])
-    return evaluation.evaluate(model, x, y, name, args)
+@pytest.fixture(scope="module")
+def row(folder):
+    return run(folder, "--eval-size", 20, "--steps", 1)[0]
 
 
-# --------------------------------------------------------------------------------------------------------- counting
+def attacked(model, x, y, batch_size=128, **changes):
+    return evaluation.evaluate(model, x, y, Attack(**changes), batch_size, seed=0)
 
 
 def test_counting_identities_hold_point_by_point(folder):
-    rows = run(folder, "--attack", "pgd", "cw", "fgsm", "--restarts", 2, "--seeds", 2, "--steps", 5, "--eval-size", 150,
+    rows = run(folder, "--attack", "pgd", "cw", "fgsm", "--restarts", 2, "--steps", 5, "--eval-size", 150,
                "--save-points", folder / "points.npz")
-    points = np.load(folder / "points.npz")
-    assert list(points["attack"]) == [row["attack"] for row in rows] == ["pgd", "cw", "fgsm"]
-    labels = np.load(folder / "toy.npz")["y_test"]
+    points, labels = np.load(folder / "points.npz"), np.load(folder / "toy.npz")["y_test"]
+    assert list(points["attack"]) == ["PGD-5×2, ε = 0.04", "CW-5×2, ε = 0.04", "FGSM, ε = 0.04"]
+    assert rows[0]["attack"] == asdict(Attack(eps=0.04, steps=5, restarts=2))
+    assert rows[2]["attack"] == asdict(Attack(eps=0.04, steps=1, step_size=0.04, start="none"))  # one restart
     for i, row in enumerate(rows):
         y, natural = points[f"label_{i}"], points[f"natural_{i}"]
         adversarial, label_free = points[f"adversarial_{i}"], points[f"label_free_{i}"]
         assert (y == labels[points[f"index_{i}"]]).all() and len(set(points[f"index_{i}"])) == row["n"] == 150
-        correct, stable = natural == y, adversarial == natural  # [n], [seeds, n]
-        assert row["natural_accuracy"] == pytest.approx(correct.mean())
-        assert row["perturbation_stability"] == pytest.approx(stable.mean())
-        robust = correct & stable
-        assert (robust == correct & (adversarial == y)).all() and row["robust_accuracy"] == pytest.approx(robust.mean())
-        assert row["label_free_stability"] == pytest.approx((label_free == natural).mean())
-        assert (label_free[:, correct] == adversarial[:, correct]).all()
-        assert row["robust_accuracy"] <= min(row[key] for key in evaluation.METRICS)
-        assert row["robust_accuracy"] == pytest.approx(np.mean(row["robust_accuracy_seeds"]))
-    assert rows[0]["local_lipschitzness"] > 0
-    assert 0 < rows[0]["robust_accuracy"] < rows[0]["natural_accuracy"]  # otherwise this test would show little
+        correct, stable = natural == y, adversarial == natural
+        metrics = correct, correct & stable, stable, label_free == natural
+        for key, counted in zip(evaluation.METRICS, metrics):
+            assert row[key] == pytest.approx(counted.mean())
+            assert row[f"{key}_ci"] == evaluation.wilson(row[key], 150)
+        assert (correct & stable == correct & (adversarial == y)).all()
+        assert (label_free[correct] == adversarial[correct]).all()
+    assert rows[0]["local_lipschitzness"] > 0 and rows[0]["lipschitz_n"] == 20
+    assert 0 < rows[0]["robust_accuracy"] < rows[0]["natural_accuracy"]  # else this test would show little
 
 
-def test_wrong_points_fall_to_the_label_free_attack(trained):
+def test_label_free_stability_is_that_of_attacks_away_from_the_prediction(trained):
     model, x, y = trained
-    metrics, points = attack(model, x, (y + 1) % 10)  # nearly every point is misclassified now
-    assert metrics["natural_accuracy"] < 0.3
-    assert metrics["label_free_stability"] < metrics["perturbation_stability"]
-    metrics_true, _ = attack(model, x, points["natural"])
-    assert metrics["label_free_stability"] == pytest.approx(metrics_true["perturbation_stability"], abs=0.03)
-
-
-def test_one_restart_is_the_last_iterate_that_training_reports(trained):
-    model, x, y = trained
-    metrics, _ = attack(model, x, y)
-    assert common.evaluate(model, x, y, **ATTACK).items() <= metrics.items()
-
-
-def test_an_independent_attack_is_not_stronger(trained):
-    model, x, y = trained
-    ours, _ = attack(model, x, y)
-    images, theirs = x.float() / 255, []
-    for seed in range(2):
-        noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-        x_adv = images + 0.031 * noise
+    metrics, points = attacked(model, x[:60], (y[:60] + 1) % 10, start="none")  # nearly all wrong
+    stable = []
+    for i in range(60):  # point by point, by an attack of the test's own
+        image = x[i:i + 1].float() / 255
+        prediction, x_adv = model(image).argmax(1), image
         for _ in range(20):
             x_adv = x_adv.detach().requires_grad_()
-            F.cross_entropy(model(x_adv), y).backward()
-            x_adv = images + (x_adv + 0.003 * x_adv.grad.sign() - images).clamp(-0.031, 0.031)
-            x_adv = x_adv.clamp(0, 1)
-        theirs.append((model(x_adv).argmax(1) == y).float().mean().item())
-    assert ours["robust_accuracy"] <= min(theirs) + 2 / len(y)
+            gradient, = torch.autograd.grad(F.cross_entropy(model(x_adv), prediction), x_adv)
+            x_adv = (image + (x_adv + 0.003 * gradient.sign() - image).clamp(-0.031, 0.031)).clamp(0, 1)
+        stable.append((model(x_adv).argmax(1) == prediction).item())
+    counted = (points["label_free"] == points["natural"]).numpy()
+    assert (counted != stable).sum() <= 1 and 0 < sum(stable) < 60  # a batch rounds otherwise than an image
+    assert metrics["label_free_stability"] == pytest.approx(counted.mean())
+    assert metrics["label_free_stability"] < metrics["perturbation_stability"]
+
+
+def test_it_is_the_evaluation_that_training_reports(folder):
+    row, = run(folder, "--checkpoint", "last", "--eval-size", 40, "--lipschitz-size", 40, "--batch-size", 20)
+    reported = common.read_json(folder / "run" / "metrics.json")["last"]
+    assert {key: row[key] for key in reported} == reported
 
 
 def test_more_steps_and_restarts_never_help_the_model(trained):
     model, x, y = trained
-    by_steps = [attack(model, x, y, steps=steps)[0]["robust_accuracy"] for steps in (0, 2, 8, 20, 40)]
+    by_steps = [attacked(model, x, y, steps=steps)[0]["robust_accuracy"] for steps in (0, 2, 8, 20)]
     assert by_steps == sorted(by_steps, reverse=True) and by_steps[0] > by_steps[-1]
-    once, thrice = (attack(model, x, y, restarts=restarts, steps=3)[1] for restarts in (1, 3))
-    survivors = [points["adversarial"] == points["natural"] for points in (once, thrice)]
-    assert not (survivors[1] & ~survivors[0]).any()
-    for attacked in (once, thrice):  # a point that no restart moved keeps its prediction, a moved one shows where to
-        assert attacked["adversarial"].shape == (1, len(y))
+    once, thrice = (attacked(model, x, y, restarts=restarts, steps=3)[1] for restarts in (1, 3))
+    for key in ("adversarial", "label_free"):
+        before, after = (points[key] == points["natural"] for points in (once, thrice))
+        assert not (after & ~before).any() and after.sum() < before.sum()
 
 
-def test_a_restart_attacks_only_what_is_stable_in_full_batches(trained, monkeypatch):
-    model, x, y = trained
-    sizes, pgd = [], common.pgd
-
-    def watched(model, images, *rest, **how):
-        sizes.append(len(images))
-        return pgd(model, images, *rest, **how)
-
-    monkeypatch.setattr(common, "pgd", watched)
-    natural = evaluation.predictions(model, x, 64)
-    args = evaluation.arguments(["none", "--eps", "0.1", "--restarts", "2", "--steps", "4"])
-    settings = evaluation.settings_of("pgd", args)
-    first = evaluation.attacked_predictions(model, x, y, natural, "pgd", {**settings, "restarts": 1}, 64, seed=0)
-    stable = (first == natural).sum().item()
-    sizes.clear()
-    evaluation.attacked_predictions(model, x, y, natural, "pgd", settings, 64, seed=0)
-    second = sizes[4:]
-    assert 0 < stable < len(y) and sizes[:4] == [64] * 4
-    assert len(second) == -(-stable // 64) and set(second) <= {64, stable}
-
-
-def test_l2_and_norm_dependent_defaults(folder):
-    row, = run(folder, "--norm", "l2", "--steps", 2, "--eval-size", 50)
-    assert (row["norm"], row["eps"], row["step_size"]) == ("l2", 0.5, 0.05)
+def test_radius_is_that_of_training_unless_told_otherwise(folder, capsys):
+    flags = "--eval-size", 20, "--steps", 1, "--lipschitz-size", 0
+    torch.save(common.read_checkpoint(folder / "run" / "last.pt")["model"], folder / "foreign.pt")
+    own, foreign = run(folder, *flags, "--dataset", "toy", paths=("run", "foreign.pt"))
+    assert own["attack"]["eps"] == 0.04 and foreign["attack"]["eps"] == 0.031
+    assert "local_lipschitzness" not in own
+    same, = run(folder, *flags, "--eps", "0.04")
+    assert same["attack"] == own["attack"] and capsys.readouterr().err == ""
+    other, = run(folder, *flags, "--eps", "10/255")
+    warning, = capsys.readouterr().err.splitlines()
+    assert other["attack"]["eps"] == 10 / 255 and "ε = 0.04," in warning and "0.039215" in warning
+    l2, = run(folder, *flags, "--norm", "l2")
+    assert l2["attack"] == asdict(Attack(norm="l2", eps=0.5, step_size=0.05, steps=1))
+    assert capsys.readouterr().err == ""
 
 
 def test_intervals_are_wilsons():
     assert evaluation.wilson(0.5, 100) == pytest.approx([0.40383, 0.59617], abs=1e-5)
-    assert evaluation.wilson(0.0, 10) == pytest.approx([0, 0.27753], abs=1e-5)
     assert evaluation.wilson(1.0, 10) == pytest.approx([0.72247, 1], abs=1e-5)
 
 
-def test_autoattack_agrees_with_calling_its_package(trained, monkeypatch):
+def test_autoattack_agrees_with_calling_its_package(folder, trained, monkeypatch):
     package = pytest.importorskip(evaluation.AUTOATTACK)
-    model, x, y = trained
-    x, y = x[:60], y[:60]
 
     def quick(*arguments, **settings):  # the same four attacks, each short
         attack = package.autoattack.AutoAttack(*arguments, **settings)
         attack.apgd.n_iter = attack.apgd_targeted.n_iter = attack.fab.n_iter = 5
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = 3
         attack.square.n_queries = 30
         return attack
 
     monkeypatch.setattr(package, "AutoAttack", quick)
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    metrics, points = attack(model, x, y, "autoattack", batch_size=20)
+    model, x, y = trained
+    x, y = x[:60], y[:60]
+    row, = run(folder, "--attack", "autoattack", "--eval-size", 20)
+    assert row["attack"] == asdict(Attack("autoattack", eps=0.04, step_size=0, steps=0, start="none"))
+    metrics, points = attacked(model, x, y, batch_size=20, loss="autoattack")
     direct = quick(model, norm="Linf", eps=0.031, seed=0, device="cpu")
-    direct.apgd_targeted.n_target_classes = direct.fab.n_target_classes = 9
     _, found = direct.run_standard_evaluation((x.float() / 255).contiguous(), y, batch_size=20)
-    assert ((points["adversarial"][0] == y) == (found == y))[points["natural"] == y].all()
+    assert ((points["adversarial"] == y) == (found == y))[points["natural"] == y].all()
     assert metrics["robust_accuracy"] == pytest.approx((found == y).float().mean().item())
     assert metrics["perturbation_stability"] == metrics["label_free_stability"] >= metrics["robust_accuracy"]
-    assert metrics["robust_accuracy"] <= attack(model, x, y)[0]["robust_accuracy"]
-
-
-# ---------------------------------------------------------------------------------------------------------- loading
-
-
-def plain(state):
-    return state
+    assert metrics["robust_accuracy"] <= attacked(model, x, y)[0]["robust_accuracy"]
 
 
 def trades(state):
-    unused = {f"sub_{key}": torch.zeros_like(value) for key, value in state.items() if key.startswith("block1")}
+    unused = {f"sub_{key}": value for key, value in state.items() if key.startswith("block1")}
     return {f"module.{key}": value for key, value in {**state, **unused}.items()}
 
 
-def rst(state):
-    return {"num_classes": 10, "state_dict": trades(state), "normalize_input": False}
-
-
-def awp_best(state):
-    return {"state_dict": state, "test_robust_acc": 0.5, "test_acc": 0.8}
-
-
-def wrapped_as(name):
-    return lambda state: {name: trades(state), "epoch": 76}
-
-
-LAYOUTS = {"plain": plain, "trades": trades, "rst": rst, "awp": awp_best,
-           **{name: wrapped_as(name) for name in ("net", "model", "model_state_dict")}}
+LAYOUTS = {"plain": lambda state: state, "trades": trades,
+           "rst": lambda state: {"num_classes": 10, "state_dict": trades(state), "normalize_input": False},
+           "awp": lambda state: {"state_dict": state, "test_robust_acc": 0.5, "test_acc": 0.8},
+           "net": lambda state: {"net": trades(state), "epoch": 76},
+           "model": lambda state: {"model": state, "args": None},
+           "model_state_dict": lambda state: {"model_state_dict": state}}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -222,9 +188,8 @@ def test_normalization_by_flag_and_as_rst_saves_it(folder):
     expected = model((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))
     torch.save(model.state_dict(), folder / "plain.pt")
     by_flag, _ = load(folder, "plain.pt", "--mean", "0.4", "0.5", "0.6", "--std", "0.2", "0.3", "0.4")
-    state = {"0.mean": mean.view(1, 3, 1, 1), "0.std": std.view(1, 3, 1, 1)}
-    state.update((f"1.{key}", value) for key, value in model.state_dict().items())
-    state = {f"module.{key}": value for key, value in state.items()}
+    state = {"module.0.mean": mean.view(1, 3, 1, 1), "module.0.std": std.view(1, 3, 1, 1)}
+    state.update((f"module.1.{key}", value) for key, value in model.state_dict().items())
     torch.save({"num_classes": 10, "normalize_input": True, "state_dict": state}, folder / "normalized.pt")
     for loaded in (by_flag, load(folder, "normalized.pt")[0]):
         torch.testing.assert_close(loaded(images), expected, atol=1e-5, rtol=1e-5)
@@ -240,128 +205,163 @@ def fresh(arch, depth, width):
 
 def load(folder, file, *flags):
     args = evaluation.arguments([file, "--dataset", "toy", "--data-dir", str(folder), *flags])
-    model, _, facts = evaluation.load(folder / file, args, torch.device("cpu"))
+    model, _, _, facts = evaluation.load(folder / file, args, torch.device("cpu"))
     return model.eval(), facts
 
 
-def test_a_run_folder_means_its_best_checkpoint_and_a_file_itself(folder):
+def test_the_network_is_the_one_that_the_settings_name(folder, monkeypatch):
+    monkeypatch.setitem(common.NETWORKS, "forked", common.DenseNet)
+    monkeypatch.delattr(evaluation, "guess_network")  # a new network may have any parameters
+    settings = {"method": "own", "arch": "forked", "depth": 10, "width": 6, "beta": "auto"}
+    torch.save({"model": fresh("forked", 10, 6).state_dict(), "args": settings}, folder / "forked.pt")
+    assert settings.items() <= load(folder, "forked.pt")[1].items()
+    monkeypatch.delitem(common.NETWORKS, "forked")
+    with pytest.raises(common.UserError, match="forked.pt holds a network 'forked', unknown to NETWORKS"):
+        load(folder, "forked.pt")
+
+
+def test_a_checkpoint_of_the_code_before_evaluates(folder):
+    state = common.read_checkpoint(folder / "run" / "last.pt")
+    added = "code", "no_flip", "accept_changed_code"
+    state["args"] = {key: value for key, value in state["args"].items() if key not in added}
+    torch.save(state, folder / "before.pt")
+    before, now = run(folder, "--eval-size", 20, "--steps", 1, paths=("before.pt", "run/last.pt"))
+    assert {key for key in now if before[key] != now[key]} - {"seconds"} == {"path", "checkpoint"}
+
+
+def test_a_run_folder_means_the_checkpoint_asked_for_and_a_file_itself(folder):
     flags = "--eval-size", 20, "--steps", 0
-    by_folder, best, last = run(folder, *flags, paths=("run", "run/best.pt", "run/last.pt"))
-    assert by_folder["checkpoint"] == best["checkpoint"] and by_folder["natural_accuracy"] == best["natural_accuracy"]
-    assert last["epoch"] == 4 and by_folder["dataset"] == "toy" and by_folder["beta"] == 1
-
-
-# ----------------------------------------------------------------------------------------------------------- output
+    (folder / "no-best").mkdir(exist_ok=True)
+    state = common.read_checkpoint(folder / "run" / "last.pt")
+    torch.save({**state, "epoch": 9}, folder / "no-best" / "last.pt")
+    rows = run(folder, *flags, paths=("run", "run/best.pt", "no-best"))
+    assert [row["chosen"] for row in rows] == ["best", None, "last"] and rows[2]["epoch"] == 9
+    assert rows[0]["checkpoint"] == rows[1]["checkpoint"] and rows[0]["dataset"] == "toy"
+    last, = run(folder, *flags, "--checkpoint", "last")
+    assert (last["epoch"], last["chosen"]) == (3, "last") and last["checkpoint"].endswith("run/last.pt")
 
 
 def test_interrupted_it_has_written_what_was_finished(folder, monkeypatch):
     evaluate, calls = evaluation.evaluate, []
 
     def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
+        if calls:
             raise KeyboardInterrupt
+        calls.append(arguments)
         return evaluate(*arguments)
 
     monkeypatch.setattr(evaluation, "evaluate", interrupted)
-    files = {kind: folder / f"kept.{kind}" for kind in ("csv", "markdown", "npz")}
+    markdown, points = folder / "made" / "kept.md", folder / "kept.npz"
     with pytest.raises(KeyboardInterrupt, match="after 1 evaluations, kept in .*kept.json"):
-        run(folder, "--attack", "pgd", "cw", "--eval-size", 20, "--steps", 1, "--csv", files["csv"],
-            "--markdown", files["markdown"], "--save-points", files["npz"], json_file="kept.json")
+        run(folder, "--attack", "pgd", "cw", "--eval-size", 20, "--steps", 1, "--markdown", markdown,
+            "--save-points", points, json_file="kept.json")
     row, = json.loads((folder / "kept.json").read_text())
-    written, = csv.DictReader(files["csv"].open())
-    assert float(written["robust_accuracy_ci_low"]) == row["robust_accuracy_ci"][0] <= row["robust_accuracy"]
-    header, _, line = files["markdown"].read_text().splitlines()
-    assert "PGD-1 robust" in header and header.count("|") == line.count("|")
-    assert f"{100 * row['robust_accuracy']:.2f}" in line
-    assert list(np.load(files["npz"])["attack"]) == ["pgd"]
+    (header, _, line), (low, high) = markdown.read_text().splitlines(), row["robust_accuracy_ci"]
+    assert "| best.pt | PGD-1, ε = 0.04 | 20 |" in line and header.count("|") == line.count("|")
+    assert f"| {100 * row['robust_accuracy']:.2f} ±{50 * (high - low):.2f} |" in line
+    assert list(np.load(points)["attack"]) == ["PGD-1, ε = 0.04"]
 
 
-def test_earlier_results_join_the_table(folder, capsys):
-    flags = "--eval-size", 20, "--steps", 1
-    before = run(folder, *flags, json_file="first.json")
-    rows = run(folder, *flags, "--attack", "cw", paths=("first.json", "run"), json_file="both.json")
-    assert rows[0] == before[0] and [row["attack"] for row in rows] == ["pgd", "cw"]
-    header, titles, *lines = capsys.readouterr().out.splitlines()[-3:]
-    assert "PGD-1" in header and "CW-1" in header and len(lines) == 1 and len(header) == len(titles) == len(lines[0])
+def test_earlier_results_join_the_table(folder, row, capsys):
+    (folder / "first.json").write_text(json.dumps([row]))
+    rows = run(folder, "--eval-size", 20, "--steps", 1, "--attack", "cw", paths=("first.json", "run"))
+    assert rows[0] == row and [row["attack"]["loss"] for row in rows] == ["cross-entropy", "margin"]
+    first, header, line, blank, second, *rest = capsys.readouterr().out.splitlines()[-7:]
+    assert [first, second] == [f"file best.pt; attack {name}-1, ε = 0.04; n 20" for name in ("PGD", "CW")]
+    assert blank == "" and rest[0] == header and len(line) == len(header) == len(rest[1])
 
 
-def test_figures(folder):
+def test_the_table_fits_a_terminal(row):
+    attacks = [Attack(restarts=10), Attack("margin", "l2", 0.5), Attack("autoattack", eps=8 / 255), Attack()]
+    paths = [f"runs/trades-cifar10-wrn34-10-beta{beta}-batchsize256-seed1" for beta in (6, 12)]
+    rows = [{**row, "path": path, "n": n, "chosen": chosen, "attack": asdict(attack), "natural_accuracy": 1.0}
+            for path in paths for n, chosen in ((10_000, "best"), (1000, None)) for attack in attacks]
+    for merged in (False, True):
+        lines = evaluation.table(rows, merged)
+        text, markdown = evaluation.text_table(lines), evaluation.markdown_table(lines)
+        assert max(map(len, text.splitlines())) <= 110 and len(text.splitlines()) == 8 * 5 - 1
+        assert all(attack.title() in text and attack.title() in markdown for attack in attacks)
+        assert "…" not in markdown and "…" in text and text.count("-beta12-batchsize256") == 8
+
+
+def test_figures(folder, row, tmp_path):
     pytest.importorskip("matplotlib")
-    row, = run(folder, "--eval-size", 20, "--steps", 1)
-    wider = {**row, "width": 4, "path": "a/very/long/path/to/a/checkpoint/of/somebody/else.pt"}
-    (folder / "rows.json").write_text(json.dumps([row, wider]))
-    evaluation.main([str(folder / "rows.json"), str(folder / "run"), "--attack", "none", "--plot", str(folder / "figures")])
-    names = {path.name for path in (folder / "figures").iterdir()}
-    assert names == {"schedules.png", "metrics-pgd-1.png", "width-pgd-1-trades-toy-wrn-10.png",
-                     "training-trades-toy-wrn-10.png"}
-    for path in (folder / "figures").iterdir():
-        header = path.read_bytes()[:24]
-        assert header[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(header[16:20], "big") == 660  # 3.3 inches at 200 dpi
+    rows = [row, {**row, "width": 4, "path": "a/very/long/path/to/a/checkpoint/of/somebody/else.pt"},
+            {**row, "width": 4, "beta": "auto", "path": "auto"}, {**row, "beta": None, "path": "none"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    logs = {"fast": [{"epoch": 1, "adversarial_risk": 2}, {"epoch": 2, "adversarial_risk": 1.5}],
+            "fork": [{"epoch": 1, "a_risk": 2, "beta": 1, "lr": 1}, {"epoch": 2, "a_risk": None, "beta": 2}]}
+    for name, settings in ("fast", {"eps": 2 / 255, "width": 1.0, "beta": 1.0}), ("fork", {}):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps({"method": name, **settings}))
+        (tmp_path / name / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in logs[name]))
+    drawn = [evaluation.recorded([{"log": log}]) for log in logs.values()]
+    assert drawn == [["adversarial_risk"], ["a_risk", "beta"]]
+    paths = tmp_path / "rows.json", folder / "run", tmp_path / "fast", tmp_path / "fork"
+    evaluation.main([*map(str, paths), "--attack", "none", "--plot", str(tmp_path / "figures")])
+    figures = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert figures.keys() == {"schedules.png", "metrics-pgd-1-eps0.04.png", "training-fork.png",
+                              "width-pgd-1-eps0.04-trades-toy-wrn-10-best.png",
+                              "training-fast-eps0.007843.png", "training-trades-toy-wrn-10-eps0.04.png"}
+    for png in figures.values():
+        assert png[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(png[16:20], "big") == 495  # 3.3 inches
 
 
-def test_runs_that_differ_in_their_seed_merge_into_one_line(folder, capsys):
-    row, = run(folder, "--eval-size", 20, "--steps", 1)
+def test_schedules_figure_draws_every_schedule(monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    monkeypatch.setitem(common.SCHEDULES, "new", lambda done, epochs: 1 - done)
+    evaluation.schedules_figure(figure)
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert lines.keys() == {"exp-decay", "step", "cosine", "new"}
+    np.testing.assert_allclose(lines["new"], 0.1 * (1 - np.arange(100) / 100))
 
-    def named(path, natural, lipschitz):
-        return {**row, "path": path, "natural_accuracy": natural, "local_lipschitzness": lipschitz}
-    rows = [named("runs/a-beta6-seed1", 0.5, 10), named("runs/a-beta6-seed12", 0.6, 14), named("runs/a-beta60-seed1", 0.9, 7)]
-    rows += [named("runs/a-beta6-seed1", 0.5, 10)]  # given twice: one run all the same
-    (folder / "rows.json").write_text(json.dumps(rows))
-    capsys.readouterr()
-    evaluation.main([str(folder / "rows.json"), "--attack", "none", "--merge-seeds"])
+
+def test_runs_that_differ_in_their_seed_merge_into_one_line(row, tmp_path, capsys):
+    runs = [("beta6-seed1", 0.5, 10), ("beta6-seed12", 0.6, 14), ("beta60-seed1", 0.9, 7)]
+    rows = [{**row, "path": f"runs/a-{name}", "natural_accuracy": natural, "local_lipschitzness": lipschitz}
+            for name, natural, lipschitz in (*runs, runs[0])]  # one given twice: one run all the same
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    evaluation.main([str(tmp_path / "rows.json"), "--attack", "none", "--merge-seeds"])
     _, titles, *lines = (line.split() for line in capsys.readouterr().out.splitlines())
     low, high = row["natural_accuracy_ci"]
-    assert titles[:3] == ["model", "runs", "n"] and titles[-1] == "Lipschitzness" and len(lines) == 2
-    assert lines[0][:5] == ["runs/a-beta6", "2", "20", "55.00", "±5.00"] and lines[0][-2:] == ["12.00", "±2.00"]
-    assert lines[1][:5] == ["runs/a-beta60", "1", "20", "90.00", f"±{50 * (high - low):.2f}"] and lines[1][-1] == "7.00"
-
-
-# ----------------------------------------------------------------------------------------------------------- errors
-
-
-class Unsafe:
-    def __reduce__(self):
-        return print, ("code in a checkpoint was run",)
+    assert titles[:3] == ["model", "runs", "natural"] and len(lines) == 2
+    assert lines[0][:4] == ["runs/a-beta6", "2", "55.00", "±5.00"] and lines[0][-2:] == ["12.00", "±2.00"]
+    assert lines[1][:4] == ["runs/a-beta60", "1", "90.00", f"±{50 * (high - low):.2f}"]
 
 
 @pytest.mark.parametrize("flags, message", [
     (["missing.pt"], "missing.pt: no such file"),
     (["empty"], "empty is a folder without best.pt or last.pt"),
     (["corrupt.pt"], "corrupt.pt cannot be read as a checkpoint"),
-    (["unsafe.pt"], "unsafe.pt cannot be read as a checkpoint"),
     (["tensor.pt"], "holds no WideResNet or DenseNet-BC"),
-    (["other.pt"], "holds no WideResNet or DenseNet-BC"),
+    (["fast.pt"], "fast.pt is of Fast AT on ImageNet"),
     (["run", "--depth", "16"], "holds another network"),
-    (["run", "--classes", "100"], "holds another network"),
     (["run", "--classes", "5"], "--classes 5: toy has 10"),
     (["run", "--dataset", "nothing"], "no data set 'nothing'"),
     (["rows.json"], "rows.json is not a list of results"),
+    (["old.json"], "old.json is not a list of results"),
     (["run", "--json", "empty"], "empty is a folder"),
     (["run", "--attack", "deepfool"], "invalid choice: 'deepfool'"),
     (["run", "--device", "cuda:99"], "no such device"),
     ([], "give a PATH"),
 ])
-def test_mistakes_are_user_errors_of_one_line(folder, tmp_path, monkeypatch, capsys, flags, message):
+def test_mistakes_are_user_errors_of_one_line(folder, row, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(folder / "run")
     (tmp_path / "empty").mkdir()
     (tmp_path / "corrupt.pt").write_bytes((folder / "run" / "best.pt").read_bytes()[:5000])
     (tmp_path / "rows.json").write_text('[{"path": "run"}]')
-    torch.save({"net": Unsafe()}, "unsafe.pt")
+    (tmp_path / "old.json").write_text(json.dumps([{**row, "attack": "pgd"}]))
     torch.save(torch.zeros(3), "tensor.pt")
-    torch.save({"state_dict": {"layer1.0.conv1.weight": torch.zeros(3)}}, "other.pt")
+    torch.save({"model": {}, "args": {"method": "fast"}}, "fast.pt")
     with pytest.raises(common.UserError) as error:
         evaluation.main([*flags])
-    assert message in str(error.value) and "code in a checkpoint" not in capsys.readouterr().out
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("package, flags", [(evaluation.AUTOATTACK, ["--attack", "autoattack"]),
                                             ("matplotlib", ["--plot", "figures"])])
 def test_a_missing_optional_package_is_named(folder, monkeypatch, package, flags):
-    def missing(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(evaluation.importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
     with pytest.raises(common.UserError, match=f"pip install {package}"):
         evaluation.main([str(folder / "run"), *flags])

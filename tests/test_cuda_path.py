@@ -1,0 +1,187 @@
+"""What runs on a GPU, on CUDA tensors without data (FakeTensorMode): for machines that have none.
+
+Caught here: operators whose tensors lie on two devices, copies between host and device and values that the
+host reads inside a training step (.item(), a boolean mask). Not seen: what happens inside a backward pass,
+which is replaced by tensors of the right shape, and generators. PyTorch must be a build with CUDA; no card is
+needed.
+"""
+import importlib
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import common
+import theory_check
+import train_fast_imagenet as fast
+from common import Attack
+
+CUDA = torch.device("cuda:0")
+SMALL = ["--dataset", "synthetic", "--depth", "10", "--width", "1", "--batch-size", "32", "--steps", "1",
+         "--epochs", "1", "--device", "cuda:0", "--compile", "off", "--eval-size", "40", "--test-size", "40",
+         "--out", "unused"]
+FEW = common.synthetic(n_train=80, n_test=40)
+COPIES = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="a PyTorch built without CUDA")
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails at an operator whose tensors lie on more than one device; a CPU scalar counts in copies only."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device for tensor in tensors if tensor.dim() or function in COPIES}
+        assert len(devices) < 2, f"{function} between {devices}"
+        return result
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """A seeming GPU. Parameters put into this list get gradients from `backward`."""
+    trained = []
+
+    def grad(outputs, inputs, **_):  # the engine would ask for the device itself
+        inputs = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+        return [torch.empty_like(tensor) for tensor in inputs]
+
+    def backward(_):
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+
+    def move(model, device, memory_format=torch.preserve_format):  # Module.to swaps tensors: fake ones refuse
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    moved = parameter.detach().to(device)
+                    if moved.dim() == 4:
+                        moved = moved.to(memory_format=memory_format)
+                    module._parameters[name] = torch.nn.Parameter(moved)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer.to(device)
+        return model
+
+    def fused_sgd(*lists, **_):  # has no fake kernel
+        for tensors in zip(*lists):
+            assert len({(tensor.device, tensor.dtype, tensor.shape) for tensor in tensors}) == 1
+
+    for name, value in {
+            "torch.autograd.grad": grad, "torch.Tensor.backward": backward, "torch.nn.Module.to": move,
+            "torch._fused_sgd_": fused_sgd, "torch.cuda.get_rng_state": lambda *_: torch.zeros(16).byte(),
+            "torch.cuda.set_rng_state": lambda *_: None, "torch.cuda.is_bf16_supported": lambda: True,
+            "torch.cuda.amp.common.amp_definitely_not_available": lambda: False}.items():
+        monkeypatch.setattr(name, value)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield trained
+
+
+class Recorder:
+    """A run folder without files, for one epoch."""
+    log, trained = [], None
+
+    def __init__(self, args, model, optimizer, images):
+        self.trained[:] = model.parameters()
+
+    def epochs(self):
+        return [1]
+
+    def record(self, images, **scalars):
+        assert all(scalar.device == CUDA for scalar in scalars.values())
+
+    def end_epoch(self, **values):
+        assert values["n"] * values["natural_accuracy"] == 1  # see `on_the_device`
+
+    def finish(self, test, attack=None):
+        assert test()["local_lipschitzness"] == 1
+
+
+def on_the_device(monkeypatch, stream, steps):
+    """A few batches of a stream, each step under OneDevice; then what evaluations do is allowed.
+
+    They read values, for which there is 1 if they lie on the device, and which points are stable: all.
+    """
+    for _ in range(steps):
+        with OneDevice():
+            yield next(stream)
+    monkeypatch.setattr(torch.Tensor, "item", lambda value: float(value.device == CUDA))
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda mask: torch.arange(len(mask), device=CUDA)[:, None])
+
+
+def watched(monkeypatch, trained, steps=2):
+    """Let a script's loop take a few steps, and record nothing."""
+    batches = common.batches
+    monkeypatch.setattr(common, "batches", lambda *a: on_the_device(monkeypatch, batches(*a), steps))
+    monkeypatch.setattr(common, "synthetic", lambda: FEW)
+    monkeypatch.setattr(common, "Run", Recorder)
+    monkeypatch.setattr(Recorder, "trained", trained)
+    monkeypatch.setattr(common, "MONITOR", Attack(steps=1))
+    monkeypatch.setattr(common, "REPORT", Attack(steps=1, restarts=2))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("method, extra", [("trades", []), ("trades", ["--arch", "densenet", "--width", "4"]),
+                                           ("at", []), ("awp", ["--warmup", "0"])])
+def test_training_and_evaluation_stay_on_the_device(trained, monkeypatch, method, extra, precision):
+    watched(monkeypatch, trained)
+    importlib.import_module(f"train_{method}").main([*SMALL, "--precision", precision, *extra])
+
+
+@pytest.mark.parametrize("beta", ["1", "2"])
+def test_fast_at_stays_on_the_device(trained, monkeypatch, beta):
+    class Images:
+        """Images that are on the device already."""
+        classes, unreadable = list("abcdefghij"), ()
+
+        def __init__(self, args, split, device):
+            pass
+
+        def __len__(self):
+            return 8
+
+        def batches(self, phase, order, seed=None):
+            x = torch.rand(4, 3, phase.crop, phase.crop, device=CUDA)
+            batch = x, torch.zeros(4, dtype=torch.int64, device=CUDA), 4
+            return on_the_device(monkeypatch, iter([batch] * 2), steps=2) if seed else iter([batch])
+
+    watched(monkeypatch, trained)
+    monkeypatch.setattr(fast, "Images", Images)
+    monkeypatch.setattr(fast, "REPORT", Attack(steps=1))
+    monkeypatch.setattr(fast, "MONITOR", Attack(steps=1))
+    sizes = ["--batch-sizes", "4", "4", "4", "--crops", "64", "64", "64"]
+    fast.main(["DIR", "--width", "1/16", *sizes, "--device", "cuda:0", "--compile", "off",
+               "--precision", "bf16", "--beta", beta])
+
+
+def test_the_lemmas_searches_stay_on_the_device(trained):
+    depth, m, d = 2, 32, 16
+    inputs = [d] + [m] * (depth - 1)
+    layers = [torch.empty(m, size, device=CUDA, dtype=torch.float64) for size in inputs]
+    net = theory_check.ReluNetwork(layers, torch.empty(m, device=CUDA, dtype=torch.float64))
+    x = torch.empty(4, d, device=CUDA, dtype=torch.float64)
+    radius = torch.full((4, 1), 0.1, device=CUDA, dtype=torch.float64)
+    with OneDevice():
+        found = theory_check.search_input(net, x, radius, None, steps=2, draws=2)
+        worst = theory_check.worst_weights(net, found, radius, steps=2)
+        trained_net = theory_check.train(net, x, x[:, 0].sign(), 0.1, 0.1, steps=2)
+        norms = [*theory_check.gradient_norms(worst, found), *theory_check.gradient_norms(trained_net, x)]
+    assert all(norm.device == CUDA and norm.shape == (4,) for norm in norms)
+
+
+FAULTS = {  # what is done to x̂, and what stops it
+    "a missing device": (lambda x: x + torch.zeros(len(x), 1, 1, 1), "same device"),
+    ".item()": (lambda x: x * x.mean().item(), "_local_scalar_dense"),
+    "a boolean mask": (lambda x: x[x[:, 0, 0, 0] > 0], "nonzero"),
+    ".cpu()": (lambda x: x.cpu().to(x.device), "_to_copy"),
+    "a host-made tensor": (lambda x: x * torch.tensor([0.5], device=x.device), "_to_copy"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(trained, monkeypatch, fault):
+    watched(monkeypatch, trained, steps=1)
+    project, (spoil, message) = common.project, FAULTS[fault]
+    monkeypatch.setattr(common, "project", lambda x_adv, *rest: spoil(project(x_adv, *rest)))
+    with pytest.raises(Exception, match=message):
+        importlib.import_module("train_at").main([*SMALL, "--precision", "fp32"])
