@@ -1,311 +1,355 @@
-"""Time the training step of each method, alone or against a public release; run by hand.
+"""Time our training loops beside public releases, in turns; run by hand, one network per call.
 
-    python tests/benchmark.py                                              # TRADES, WRN-34-10, as `auto` executes it
-    python tests/benchmark.py --networks wrn-34-1 densenet-40-12 --methods trades at awp --executions auto fp32-off
-    python tests/benchmark.py --rival ../TRADES                            # a checkout of yaodongyu/TRADES beside ours
-    python tests/benchmark.py --methods awp --rival ../AWP                 # ... of csdongxian/AWP
-    python tests/benchmark.py --methods trades at --rival ../A-temp-project  # ... of the paper's code, tabrisweapon
+    python tests/benchmark.py --rival ../TRADES         # TRADES, WideResNet-34-10, as `auto` executes it
+    python tests/benchmark.py --rival ../TRADES --depth 10 --width 1 --executions auto fp32 bf16 fp32-compiled
+    python tests/benchmark.py --rival ../AWP --method awp
+    python tests/benchmark.py --rival ../A-temp-project --method at
+    python tests/benchmark.py --method fast --width 2 --crop 224 --batch-size 224
 
-Ours is the loop of the training script itself, fed through a stopwatch in place of its run folder. A rival's step is its
-own code, loaded from the checkout, in float32 (with TF32 convolutions on a GPU, PyTorch's default); after each step of
-ours comes one of the rival's, on the same network, batch and number of attack steps, and the ratio is the median over
-these pairs. `passes` counts arithmetic in units of one forward pass; the share of peak is that arithmetic over the
-measured rate of a large bfloat16 matrix product on the same device. "stream+log" is the share of an epoch that making
-batches, noting losses, logging and writing checkpoints takes; "monitor" the seconds of an evaluation of 1,000 images.
-Batches are random pixels: speed does not depend on them.
+Rivals are checkouts from GitHub: yaodongyu/TRADES, csdongxian/AWP or, for TRADES and AT, the paper's own
+code, tabrisweapon/A-temp-project. Fast AT is timed alone.
+
+Ours is the training script's main, unchanged, with a `Recorder` in the place of the run folder: it makes
+batches of generated images and trains on them as in a run, but evaluates and writes nothing. (Fast AT has
+one random batch on the device: reading is not timed.) A rival is its release's loss or training function in
+float32, on one batch that lies on the device, and on the release's WideResNet or our DenseNet. It has the
+settings that PyTorch begins with: on CUDA TF32 and no search for the fastest convolutions; --rival-autotune
+adds a rival with that search.
+
+Each participant is a process. A round is a turn of each, forwards and backwards alternately; a turn is
+--block steps between two waits for the device. s/step is the median of the rounds. "A / this" says how many
+times as long A took as this row in the same round: median (lowest-highest). "of best" is arithmetic per
+second, as a share of that of a large matrix product in fp32 or bf16, whichever is faster here: the
+convolutions and matrix products of a forward pass, counted, times PASSES. GB: a process's peak CUDA memory.
 """
-import argparse
 import ast
-import contextlib
-import gc
 import importlib
-import json
-import statistics
+import multiprocessing
+import os
+import platform
+import re
+import signal
 import sys
-import tempfile
 import time
 import types
+import warnings
+from functools import partial
 from pathlib import Path
+from statistics import median
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+from common import UserError  # noqa: E402
 
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# What a step costs with K attack steps, in forward passes; a backward pass counts 1 to the input, else 2.
+PASSES = {"trades": lambda k: 1 + 2 * k + 6,    # clean probabilities, attack, an update with x and x̂
+          "at": lambda k: 2 * k + 6,
+          "awp": lambda k: 1 + 2 * k + 6 + 6,   # the weights' perturbation costs as much as an update
+          "fast": lambda k: 2 + 3}              # FGSM, an update with x̂ alone
 
 
 def clock(device):
-    wait(device)
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def matrix_peak(device, size, repeats=10):
-    """FLOP/s of a size³ bfloat16 matrix product, the best of several."""
-    a, b = torch.randn(2, size, size, device=device).bfloat16()
-    times = []
-    for _ in range(repeats):
+def matrix_rate(device, dtype):
+    """FLOP/s of a large matrix product, the best of ten."""
+    size, times = 8192 if device.type == "cuda" else 2048, []
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    for _ in range(10):
         begin = clock(device)
         a @ b
         times.append(clock(device) - begin)
     return 2 * size ** 3 / min(times)
 
 
-class Arithmetic(TorchDispatchMode):
-    """Adds up the FLOPs of the convolutions and matrix products run inside, forward and backward."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function._overloadpacket in flop_registry:
-            self.flops += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
-        return result
+def name_of(device):
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
-def as_released(device):
-    """PyTorch's own settings for convolutions, TF32 among them, which the releases leave as they are."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True)
+# ---------------------------------------------------------------------------- in the process of a participant
 
 
-class Memory:
-    """The peak of a party's own CUDA memory in GB: what the other party holds meanwhile does not count."""
+class Turns:
+    """Counts a participant's steps; after a block of them it answers, and waits until it is asked again."""
 
-    def __init__(self, device, models, optimizer):
-        self.device, self.models, self.optimizer = device, models, optimizer
+    def __init__(self, pipe, device, block):
+        self.pipe, self.device, self.block, self.cuda = pipe, device, block, device.type == "cuda"
+        self.lead = 1 if self.cuda else 0  # steps before the clock starts: they take back the memory
 
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-            tensors = [t for model in self.models for p in model.parameters() for t in (p, p.grad)]
-            tensors += [buffer for model in self.models for buffer in model.buffers()]
-            tensors += [t for state in self.optimizer.state.values() for t in state.values()]
-            self.held = sum(t.nbytes for t in tensors if torch.is_tensor(t))
+    def ready(self, **facts):
+        self.pipe.send(facts)
+        self.wait()
 
-    def __exit__(self, *_):
-        if self.device.type == "cuda":
-            self.peak = (self.held + torch.cuda.max_memory_allocated(self.device) - self.before) / 1e9
+    def wait(self):
+        torch.cuda.empty_cache()  # leaves the memory to the others
+        self.pipe.recv()  # raises EOFError when the benchmark is over
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.steps, self.began = 0, clock(self.device)
+
+    def step(self):
+        self.steps += 1
+        if self.steps == self.lead:
+            self.began = clock(self.device)
+        if self.steps == self.lead + self.block:
+            seconds = (clock(self.device) - self.began) / self.block
+            self.pipe.send((seconds, torch.cuda.max_memory_allocated() if self.cuda else 0))
+            self.wait()
 
 
-class Stopwatch(common.Run):
-    """Takes the place of a run folder: times `repeats` steps of the script's own loop, and a rival's between them."""
+class Recorder:
+    """Takes the place of common.Run: epochs without end, of which each step counts."""
 
-    repeats, warmup, rival = 7, 3, None
-
-    def __init__(self, args, model, optimizer):
-        self.args, self.model, self.optimizer, self.device = args, model, optimizer, next(model.parameters()).device
-        type(self).last = self
-        self.steps, self.streams, self.records, self.rivals = [], [], [], []
-        parts = [model] * (2 if args.method == "awp" else 1)  # its perturbation counts as another model
-        self.memory = Memory(self.device, parts, optimizer)
-        self.recorded, self.settings, self.folder, self.epoch, self.log = (), vars(args), Path(args.data_dir), 0, []
-        self.began = time.perf_counter()
+    def __init__(self, turns, args, model, optimizer, images):
+        self.turns, self.epoch, self.log = turns, args.epochs - 1, []  # AWP acts, and nothing is evaluated
+        size = args.crops[0] if args.method == "fast_imagenet" else 32
+        with FlopCounterMode(display=False) as counter, common.attack_mode(model), torch.no_grad():
+            model.forward(torch.zeros(1, 3, size, size, device=turns.device))  # never compiled: that hides it
+        turns.ready(precision=model.precision, flops=counter.get_total_flops())
 
     def epochs(self):
-        return [self.args.epochs]  # the last one: AWP's warm-up is over
+        while True:
+            yield self.epoch
 
-    def watch(self, stream, size):
-        self.history, stream = [], iter(stream)
-        compiled, self.model._compiled_call_impl = self.model._compiled_call_impl, None
-        x, y = next(stream)
-        with Arithmetic() as forward, torch.no_grad():
-            self.model(x)
-        with Arithmetic() as whole:  # one step, not compiled, to count its arithmetic
-            yield x, y
-        self.model._compiled_call_impl = compiled
-        self.flops, self.passes = whole.flops, whole.flops / forward.flops
-        for step in range(self.warmup + self.repeats):
-            with self.memory:
-                begin = clock(self.device)
-                x, y = next(stream)
-                ready = clock(self.device)
-                yield x, y
-                end = clock(self.device)
-            if step >= self.warmup:
-                self.streams.append(ready - begin)
-                self.steps.append(end - begin)
-            if self.rival:
-                with self.rival.memory, as_released(self.device):
-                    begin = clock(self.device)
-                    self.rival.step(x.contiguous(), y)
-                    end = clock(self.device)
-                if step >= self.warmup:
-                    self.rivals.append(end - begin)
+    def record(self, images, **scalars):
+        self.turns.step()
 
-    def record(self, *means):
-        begin = time.perf_counter()  # no waiting for the device: on a GPU this is the host's share
-        super().record(*means)
-        self.records.append(time.perf_counter() - begin)
+    def end_epoch(self, **values):
+        pass
 
-    def end_epoch(self, lr, data):
-        """The monitor is timed the second time: compiled code is made in the first."""
-        for _ in range(2):
-            begin = clock(self.device)
-            metrics = common.evaluate(self.model, data.x_test[:1000], data.y_test[:1000], eps=self.args.eps,
-                                      batch_size=self.args.batch_size, **common.MONITOR_ATTACK)
-            self.monitor = (clock(self.device) - begin) * 1000 / metrics["n"]
-        begin = clock(self.device)
-        self.images, self.train_seconds = self.args.batch_size * self.repeats, sum(self.steps)
-        self.means = torch.stack(self.history).mean(0).tolist()
-        self.save_epoch(lr, metrics)
-        self.save = clock(self.device) - begin
-
-    def finish(self, data):
+    def finish(self, test, attack=None):
         pass
 
 
-class Rival:
-    """A public release's training step on one of its networks, or on our DenseNet where it has none."""
+class RandomImages:
+    """Takes the place of Fast AT's folder of images: one batch again and again, on the device."""
 
-    def __init__(self, path, method, network, classes, device, attack_steps, eps, step_size, beta):
-        if device.type == "cpu":  # the releases call .cuda() throughout
-            torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
-        folder = path / "trades_AWP" if (path / "trades_AWP").is_dir() else path
-        is_paper = (path / "attacks").is_dir()
-        if method not in (("awp",) if folder != path else ("trades", "at") if is_paper else ("trades",)):
-            raise common.UserError(f"--rival {path} has no training step for --methods {method}")
-        sys.path.insert(0, str(folder))
-        arch, depth, width = network
+    classes = range(1000)
 
-        def build():
-            if arch == "densenet":
-                return common.build_model(arch, depth, width, classes).to(device)
-            network_class = importlib.import_module("models.wideresnet").WideResNet
-            return network_class(depth=depth, num_classes=classes, widen_factor=width).to(device)
-        self.model = build()
-        models = [self.model]
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9, weight_decay=2e-4)
-        if folder == path:
-            name, function = ("attacks.pgd", "madry_loss") if method == "at" else ("trades", "trades_loss")
-            loss_of = getattr(importlib.import_module("attacks.trades" if is_paper and method == "trades" else name), function)
+    def __init__(self, args, split, device):
+        self.device = device
 
-            def step(x, y):
-                self.optimizer.zero_grad()
-                loss = loss_of(model=self.model, x_natural=x, y=y, optimizer=self.optimizer, step_size=step_size,
-                               epsilon=eps, perturb_steps=attack_steps, beta=beta)
-                (loss[0] if is_paper else loss).backward()
-                self.optimizer.step()
-            self.step = step
+    def __len__(self):
+        return 10 ** 6
+
+    def batches(self, phase, order, seed=None):
+        n, size = phase.batch_size, phase.crop
+        crops = torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, device=self.device)
+        y = torch.arange(n, device=self.device) % 1000
+        while True:
+            yield common.to_float(crops.permute(0, 3, 1, 2)), y, n
+
+
+def ours(turns, method, argv):
+    """Take part with a training script's own main."""
+    script = importlib.import_module("train_fast_imagenet" if method == "fast" else f"train_{method}")
+    common.Run, script.Images = partial(Recorder, turns), RandomImages
+    script.main(argv)
+
+
+def rival(turns, args, autotune):
+    """Take part with the training step of the release at args.rival."""
+    device, path, n = turns.device, args.rival, args.batch_size
+    torch.backends.cudnn.benchmark = autotune
+    if device.type == "cpu":  # the releases call .cuda() throughout
+        torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+    is_paper, path = (path / "attacks").is_dir(), path / "trades_AWP" if args.method == "awp" else path
+    sys.path.insert(0, str(path))
+
+    def build():
+        if args.arch != "wrn":
+            return common.build_model(args.arch, args.depth, args.width, 10).to(device)
+        network_class = importlib.import_module("models.wideresnet").WideResNet
+        return network_class(depth=args.depth, num_classes=10, widen_factor=args.width).to(device)
+
+    model, x, y = build(), torch.rand(n, 3, 32, 32, device=device), torch.arange(n, device=device) % 10
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=2e-4)
+    if args.method == "awp":
+        train, adversary = awp_release(path, model, build(), args.steps, device)
+    else:
+        module, function = ("pgd", "madry_loss") if args.method == "at" else ("trades", "trades_loss")
+        loss_of = getattr(importlib.import_module(f"attacks.{module}" if is_paper else module), function)
+    turns.ready()
+    while True:
+        if args.method == "awp":
+            train(model, [(x, y)], optimizer, 1, adversary)
         else:
-            models.append(build())
-            self.step = self._awp_step(folder, models[1], device, attack_steps, eps, step_size, beta)
-        sys.path.remove(str(folder))
-        self.memory = Memory(device, models, self.optimizer)
-
-    def _awp_step(self, folder, proxy, device, attack_steps, eps, step_size, beta):
-        """AWP's script trains when imported, so its functions are taken out of it and run as they are."""
-        adversary = importlib.import_module("utils_awp").TradesAWP(
-            model=self.model, proxy=proxy, proxy_optim=torch.optim.SGD(proxy.parameters(), lr=0.1), gamma=0.005)
-        source = ast.parse((folder / "train_trades_cifar.py").read_text())
-        source.body = [node for node in source.body if isinstance(node, ast.FunctionDef)]
-
-        class Quiet:  # its progress bar and meters
-            avg = val = elapsed_td = eta_td = 0
-
-            def __init__(self, *args, **kwargs):
-                pass
-
-            def update(self, *args):
-                pass
-            next = finish = update
-        names = {"torch": torch, "F": F, "optim": torch.optim, "Variable": torch.autograd.Variable, "time": time,
-                 "device": device, "epsilon": eps, "step_size": step_size, "Bar": Quiet, "AverageMeter": Quiet,
-                 "args": types.SimpleNamespace(num_steps=attack_steps, norm="l_inf", awp_warmup=0, beta=beta),
-                 "accuracy": lambda *args, **kwargs: (torch.zeros(1), torch.zeros(1))}
-        exec(compile(source, "train_trades_cifar.py", "exec"), names)
-        return lambda x, y: names["train"](self.model, [(x, y)], self.optimizer, 1, adversary)
+            optimizer.zero_grad()
+            loss = loss_of(model=model, x_natural=x, y=y, optimizer=optimizer, perturb_steps=args.steps)
+            (loss[0] if is_paper else loss).backward()
+            optimizer.step()
+        turns.step()
 
 
-def measure(method, network, execution, args, device, peak):
-    arch, depth, width = network
-    precision, _, compiled = execution.partition("-")
-    script = importlib.import_module(f"train_{method}")
-    defaults = common.training_parser("", method)
-    eps, step_size, beta = (defaults.get_default(name) for name in ("eps", "step_size", "beta"))
-    Stopwatch.repeats, Stopwatch.warmup, Stopwatch.rival, Stopwatch.last = args.repeats, args.warmup, None, None
-    gc.collect()  # the last measurement's networks
-    if args.rival:
-        Stopwatch.rival = Rival(args.rival, method, network, 10, device, args.steps, eps, step_size, beta)
-    argv = ["--dataset", "noise", "--data-dir", args.folder, "--arch", arch, "--depth", depth, "--width", width,
-            "--batch-size", args.batch_size, "--steps", args.steps, "--device", device, "--precision", precision,
-            "--compile", compiled or "auto"]
-    script.main([str(item) for item in argv])
-    watch = Stopwatch.last
-    median = statistics.median(watch.steps)
-    result = {"method": method, "network": "-".join(map(str, network)), "execution": execution,
-              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
-              f"cpu, {torch.get_num_threads()} threads", "torch": torch.__version__, "batch_size": args.batch_size,
-              "seconds_per_step": median, "images_per_second": args.batch_size / median,
-              "spread": [min(watch.steps), max(watch.steps)],
-              "stream_and_log_share": (statistics.median(watch.streams) + statistics.median(watch.records)
-                                       + watch.save * args.batch_size / 50000) / median,
-              "minutes_per_50000_images": 50000 / args.batch_size * median / 60, "monitor_seconds": watch.monitor,
-              "passes": round(watch.passes, 2), "share_of_peak": watch.flops / median / peak}
-    if device.type == "cuda":
-        result["peak_memory_gb"] = watch.memory.peak
-    if watch.rival:
-        result["rival"] = args.rival.name
-        result["rival_seconds_per_step"] = statistics.median(watch.rivals)
-        result["ratio"] = statistics.median(rival / ours for rival, ours in zip(watch.rivals, watch.steps))
-        if device.type == "cuda":
-            result["rival_peak_memory_gb"] = watch.rival.memory.peak
-    return result
+def awp_release(folder, model, proxy, attack_steps, device):
+    """AWP's `train` and adversary: functions alone, since its script loads CIFAR-10 when it is imported."""
+    source = ast.parse((folder / "train_trades_cifar.py").read_text())
+    source.body = [node for node in source.body if isinstance(node, ast.FunctionDef)]
+
+    class Quiet:  # its progress bar and meters
+        avg = val = elapsed_td = eta_td = 0
+
+        def __init__(self, *args, **kwargs):
+            pass
+        update = next = finish = __init__
+    args = types.SimpleNamespace(num_steps=attack_steps, norm="l_inf", awp_warmup=0, beta=6.0)
+    names = {"torch": torch, "F": F, "time": time, "Bar": Quiet, "AverageMeter": Quiet, "args": args,
+             "accuracy": lambda *args, **kwargs: (torch.zeros(1), torch.zeros(1)),
+             "epsilon": 8 / 255, "step_size": 2 / 255, "device": device}
+    exec(compile(source, "train_trades_cifar.py", "exec"), names)
+    adversary_class = importlib.import_module("utils_awp").TradesAWP
+    return names["train"], adversary_class(model, proxy, torch.optim.SGD(proxy.parameters(), lr=0.01), 0.005)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=("trades", "at", "awp"), default=["trades"])
-    parser.add_argument("--networks", nargs="+", default=["wrn-34-10"], metavar="ARCH-DEPTH-WIDTH")
-    parser.add_argument("--executions", nargs="+", default=["auto"], metavar="PRECISION[-COMPILE]",
-                        help="such as auto, bf16-on, bf16-off, fp32-off")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=10, help="attack steps")
-    parser.add_argument("--repeats", type=int, default=7, help="steps timed, of which the median counts")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before, not timed")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rival", type=Path, help="a checkout of a public release: TRADES or AWP")
-    parser.add_argument("--json", type=Path, help="write the results there")
-    args = parser.parse_args()
+def take_part(pipe, device, block, participant, arguments):
+    """What a process runs. What the participant prints is dropped; an error is one line."""
+    def main(argv):
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device.index or 0)
+            participant(Turns(pipe, device, block), *arguments)
+        except (EOFError, ConnectionError):  # the benchmark is over
+            pass
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the benchmark, and that ends this
+    warnings.simplefilter("ignore")  # the releases call what PyTorch has since deprecated
+    sys.stdout = open(os.devnull, "w")
+    common.launch(main)
+
+
+# ------------------------------------------------------------------------------------------------ measurement
+
+
+class Side:
+    """A participant: its process, and what that answers."""
+
+    def __init__(self, name, args, device, participant, *arguments):
+        self.name, self.seconds, self.peaks = name, [], []  # per step, in each round; bytes
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self.pipe, theirs = context.Pipe()
+        everything = theirs, device, args.block, participant, arguments
+        self.process = context.Process(target=take_part, args=everything, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.facts = self.answer()  # before another one starts: `auto` measures meanwhile
+
+    def answer(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+        if self.process.exitcode == 2:  # it has said why
+            sys.exit(2)
+        raise UserError(f"{self.name}: its process ended with status {self.process.exitcode}")
+
+    def turn(self, counts):
+        self.pipe.send("go")
+        seconds, peak = self.answer()
+        if counts:
+            self.seconds.append(seconds)
+            self.peaks.append(peak)
+
+    def row(self, others, batch_size, passes, best_rate):
+        """Cells of the table, the ratio to each of `others` among them; passes: forward passes in a step."""
+        seconds, peak = median(self.seconds), max(self.peaks)
+        share = self.facts.get("flops", 0) * batch_size * passes / seconds / best_rate
+        yield from (self.name, f"{seconds:.4g}", f"{batch_size / seconds:.4g}")
+        yield from (f"{100 * share:.1f} %" if share else "", f"{peak / 1e9:.2f}" if peak else "")
+        for other in others:
+            ratios = [theirs / own for theirs, own in zip(other.seconds, self.seconds)]
+            yield f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if other is not self else "1"
+
+
+def show_table(table):
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *others in table:
+        print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
+
+
+def parse(argv):
+    parser = common.Parser(__doc__)
+    add, integer = parser.add_argument, common.integer
+    hows = [a + b for a in ("auto", "fp32", "bf16") for b in ("", "-compiled", "-eager")]
+    add("--method", choices=PASSES, default="trades", help="whose training script")
+    add("--arch", choices=common.NETWORKS, default="wrn", help="Fast AT: a WideResNet-50, whatever this says")
+    add("--depth", type=integer(), default=34, help="layers, 6n + 4; Fast AT: 50")
+    add("--width", type=integer(), help="widening factor or growth rate (None: 10), or Fast AT's k (None: 1)")
+    add("--executions", nargs="+", choices=hows, metavar="E", default=["auto"],
+        help="auto, fp32, bf16; followed by -compiled, -eager or, for the script's own choice, nothing")
+    add("--batch-size", type=integer(), default=128, help="images a step")
+    add("--crop", type=integer(), default=128, help="Fast AT's images, in pixels")
+    add("--steps", type=integer(), default=10, help="attack steps; Fast AT: 1")
+    add("--block", type=integer(), metavar="N", help="steps between two waits; None: 1 on a CPU, 10 on CUDA")
+    add("--warmup", type=integer(2), default=3, help="rounds before, not timed")
+    add("--rounds", type=integer(), default=7, help="rounds that count")
+    add("--rival", type=Path, metavar="DIR", help="a checkout of a public release")
+    add("--rival-autotune", action="store_true", help="the rival with cudnn.benchmark, too (CUDA)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    args = parser.parse_args(argv)
     device = common.pick_device(args.device)
-    peak = matrix_peak(device, 8192 if device.type == "cuda" else 2048)
-    print(f"bfloat16 matrix peak measured: {peak / 1e12:.3g} TFLOP/s")
-    common.Run = Stopwatch
-    results = []
-    with tempfile.TemporaryDirectory() as args.folder:
-        n = args.batch_size * (1 + args.warmup + args.repeats)
-        images = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        np.savez(Path(args.folder) / "noise.npz", x_train=images, y_train=np.arange(n) % 10,
-                 x_test=images[:1000], y_test=np.arange(min(n, 1000)) % 10)
-        for method in args.methods:
-            for network in args.networks:
-                arch, depth, width = network.split("-")
-                for execution in args.executions:
-                    results.append(measure(method, (arch, int(depth), int(width)), execution, args, device, peak))
-                    if args.json:
-                        args.json.write_text(json.dumps(results, indent=1))
-    rows = [["method", "network", "execution", "s/step", "images/s", "stream+log", "min/epoch", "monitor s", "passes",
-             "of peak", "GB", "rival s/step", "rival GB", "ratio"]]
-    for r in results:
-        rows.append([r["method"], r["network"], r["execution"], f"{r['seconds_per_step']:.4f}",
-                     f"{r['images_per_second']:.0f}", f"{100 * r['stream_and_log_share']:.1f} %",
-                     f"{r['minutes_per_50000_images']:.2f}", f"{r['monitor_seconds']:.1f}", str(r["passes"]),
-                     f"{100 * r['share_of_peak']:.0f} %",
-                     *(f"{r[key]:.{digits}f}" if key in r else "" for key, digits in (
-                         ("peak_memory_gb", 1), ("rival_seconds_per_step", 4), ("rival_peak_memory_gb", 1), ("ratio", 2)))])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+    args.block = args.block or (10 if device.type == "cuda" else 1)
+    args.width = args.width or (1 if args.method == "fast" else 10)
+    files = {"trades": ["trades.py", "attacks/trades.py"], "at": ["attacks/pgd.py"], "fast": [],
+             "awp": ["trades_AWP/train_trades_cifar.py"]}[args.method]
+    if args.rival and not any((args.rival / file).exists() for file in files):
+        raise UserError(f"--rival {args.rival} holds no training step for --method {args.method}")
+    if args.rival_autotune and not (args.rival and device.type == "cuda"):
+        raise UserError("--rival-autotune needs a --rival and CUDA")
+    return args, device
+
+
+def script_arguments(args, device, execution):
+    """The training script's argv, for which no file is read."""
+    precision, _, how = execution.partition("-")
+    argv = ["--width", args.width, "--device", device, "--precision", precision, "--out", os.devnull,
+            "--compile", {"": "auto", "compiled": "on", "eager": "off"}[how]]
+    if args.method == "fast":
+        argv += [os.devnull, "--crops", *[args.crop] * 3, "--batch-sizes", *[args.batch_size] * 3]
+    else:
+        argv += ["--dataset", "synthetic", "--data-dir", os.devnull, "--arch", args.arch,
+                 "--depth", args.depth, "--batch-size", args.batch_size, "--steps", args.steps,
+                 "--eval-every", 10 ** 6]
+    return [str(item) for item in argv]
+
+
+def main(argv):
+    args, device = parse(argv)
+    rates = {name: matrix_rate(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    torch.cuda.empty_cache()
+    network = f"wrn-50-{args.width}" if args.method == "fast" else f"{args.arch}-{args.depth}-{args.width}"
+    products = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items())
+    print(f"{name_of(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    beside = f" beside {args.rival.resolve().name}" if args.rival else ""
+    print(f"{args.method}, {network}, batch {args.batch_size}{beside}; matrix products, TFLOP/s: {products}")
+    sides = []
+    for execution in args.executions:
+        side = Side(execution, args, device, ours, args.method, script_arguments(args, device, execution))
+        side.name = execution.replace("auto", f"auto={side.facts['precision']}")
+        sides.append(side)
+    rivals = ["rival", "tuned rival"][:1 + args.rival_autotune] if args.rival else []
+    sides += [Side(name, args, device, rival, args, name == "tuned rival") for name in rivals]
+    for number in range(args.warmup + args.rounds):
+        common.show(f"round {number + 1} of {args.warmup + args.rounds}; {args.warmup} to warm up")
+        for side in reversed(sides) if number % 2 else sides:
+            side.turn(number >= args.warmup)
+    others = [side for side in sides if side is sides[0] or side.name in rivals] if len(sides) > 1 else []
+    heads = ["", "s/step", "images/s", "of best", "GB", *(f"{other.name} / this" for other in others)]
+    passes, best = PASSES[args.method](args.steps), max(rates.values())
+    common.show("")
+    show_table([heads, *(list(side.row(others, args.batch_size, passes, best)) for side in sides)])
 
 
 if __name__ == "__main__":
-    common.launch(lambda argv: main())
+    common.launch(main)
