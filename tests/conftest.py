@@ -1,6 +1,6 @@
 """Puts the repository's root on the path, so that tests run from anywhere; and what several test files share.
 
-Tests run on the CPU even where there is a GPU: many compare two runs to the last bit, which only a CPU promises.
+Tests run on the CPU even where there is a GPU: many compare runs to the last bit, which only a CPU promises.
 """
 import copy
 import os
@@ -23,7 +23,7 @@ import common  # noqa: E402
 
 @pytest.fixture
 def write_npz(tmp_path):
-    """write_npz(**changes): noise as tmp_path/tiny.npz; `changes` replaces arrays, or with None omits them."""
+    """write_npz(**changes): noise as tmp_path/tiny.npz; `changes` replaces arrays, None omits them."""
     def write(name="tiny", n_train=64, n_test=21, size=8, classes=10, **changes):
         rng = np.random.default_rng(0)
         x_train, x_test = (rng.integers(0, 256, (n, size, size, 3), np.uint8) for n in (n_train, n_test))
@@ -138,35 +138,9 @@ def train_on_synthetic(monkeypatch, tmp_path):
         middles = {key: array[:, 4:28, 4:28] if array.ndim == 4 else array for key, array in arrays.items()}
         monkeypatch.setattr(common, "synthetic", lambda: middles)  # the whole square, less of the textures
         monkeypatch.chdir(tmp_path)
-        main(["--dataset", "synthetic", "--depth", "10", "--width", "1", "--batch-size", "32", "--epochs", "4",
-              "--schedule", "cosine", "--steps", "1", "--eval-every", "4", "--eval-size", "10", *flags])
+        main(["--dataset", "synthetic", "--depth", "10", "--width", "1", "--batch-size", "32", "--steps", "1",
+              "--epochs", "4", "--schedule", "cosine", "--eval-every", "4", "--eval-size", "10", *flags])
         out, = (tmp_path / "runs").iterdir()
         metrics, settings = (common.read_json(out / name) for name in ("metrics.json", "args.json"))
         return out, common.read_log(out / "log.jsonl"), metrics["last"], settings
     return train
-
-
-@pytest.fixture
-def check_resume(monkeypatch, tmp_path):
-    """check_resume(main, arguments, flag, value, message): a run stopped after an epoch ends with the very
-    weights of one that was not, and is not resumed with `flag` changed to `value`, an error `message`."""
-    def check(main, arguments, flag, value, message):
-        end_epoch = common.Run.end_epoch
-
-        def stop(run, **values):
-            end_epoch(run, **values)
-            raise KeyboardInterrupt
-
-        whole, stopped = ([*arguments, "--out", str(tmp_path / name)] for name in ("whole", "stopped"))
-        main(whole)
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(common.Run, "end_epoch", stop)
-            main(stopped)
-        assert common.read_checkpoint(tmp_path / "stopped" / "last.pt")["epoch"] == 1
-        main(stopped)
-        expected, resumed = (common.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "stopped"))
-        assert resumed["epoch"] == expected["epoch"] > 1
-        assert all(torch.equal(expected["model"][key], resumed["model"][key]) for key in expected["model"])
-        with pytest.raises(common.UserError, match=message):
-            main([*stopped, flag, value])
-    return check
