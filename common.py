@@ -10,6 +10,7 @@ import contextlib
 import copy
 import datetime
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -44,6 +45,8 @@ class Data:
     x_test: torch.Tensor
     y_test: torch.Tensor
     classes: int
+    x_val: torch.Tensor = None  # with --val-size: held out of the training images
+    y_val: torch.Tensor = None
 
     def test_subset(self, n):
         """Indices of n random test images, the same ones in every run; of all in order if n is None."""
@@ -52,12 +55,13 @@ class Data:
         return torch.randperm(len(self.x_test), generator=torch.Generator().manual_seed(0))[:n]
 
 
-def load_data(name, data_dir, device, train_size=None, seed=0):
+def load_data(name, data_dir, device, train_size=None, seed=0, val_size=0):
     """The data set `name` as a `Data` on `device`.
 
     DATA_DIR/NAME.npz if it is there (x_train, y_train, x_test, y_test; images uint8 [N, H, W, 3], the layout
     Keras uses); else "synthetic" is generated, and "cifar10" and "cifar100" come from torchvision, which
-    downloads them. `train_size` keeps a random subset of the training images. Raises UserError.
+    downloads them. `val_size` random training images are held out, and `train_size` others are kept (None:
+    all); which ones follows from `seed`, and the kept ones not from `val_size`. Raises UserError.
     """
     path = Path(data_dir) / f"{name}.npz"
     if path.exists():
@@ -73,12 +77,18 @@ def load_data(name, data_dir, device, train_size=None, seed=0):
     low, high = (int(of(of(y_train), of(y_test))) for of in (min, max))
     if low < 0 or high >= classes:
         raise UserError(f"{source}: labels must lie in 0..{classes - 1}; found {low}..{high}")
-    if train_size:
-        if train_size > len(x_train):
-            raise UserError(f"--train-size {train_size}: {source} has {len(x_train)} training images")
+    held_out = None, None
+    if train_size or val_size:
+        kept = train_size or max(len(x_train) - val_size, 1)
+        if kept + val_size > len(x_train):
+            raise UserError(f"--train-size {kept} and --val-size {val_size}: "
+                            f"{source} has {len(x_train)} training images")
         order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(seed)).numpy()
-        x_train, y_train = x_train[order[:train_size]], y_train[order[:train_size]]
-    return Data(*to_tensors(x_train, y_train, device), *to_tensors(x_test, y_test, device), classes)
+        if val_size:
+            held_out = to_tensors(x_train[order[-val_size:]], y_train[order[-val_size:]], device)
+        x_train, y_train = x_train[order[:kept]], y_train[order[:kept]]
+    splits = *to_tensors(x_train, y_train, device), *to_tensors(x_test, y_test, device)
+    return Data(*splits, classes, *held_out)
 
 
 def to_tensors(x, y, device):
@@ -281,11 +291,15 @@ def conv_bn(conv, bn, x):
     return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
+ACTIVATIONS = {"relu": functools.partial(F.relu, inplace=True), "silu": F.silu}  # --activation
+
+
 class _Block(nn.Module):
     """Pre-activation basic block of a WideResNet (Zagoruyko & Komodakis 2016)."""
 
-    def __init__(self, inputs, outputs, stride):
+    def __init__(self, inputs, outputs, stride, activation):
         super().__init__()
+        self.act = ACTIVATIONS[activation]
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
@@ -294,34 +308,36 @@ class _Block(nn.Module):
             self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x):
-        out = F.relu(self.bn1(x), inplace=True)
+        out = self.act(self.bn1(x))
         shortcut = self.convShortcut(out) if hasattr(self, "convShortcut") else x
-        return shortcut + self.conv2(F.relu(conv_bn(self.conv1, self.bn2, out), inplace=True))
+        return shortcut + self.conv2(self.act(conv_bn(self.conv1, self.bn2, out)))
 
 
 class _DenseLayer(nn.Module):
     """Bottleneck layer of a DenseNet-BC (Huang et al. 2017): adds `growth_rate` channels to its input."""
 
-    def __init__(self, inputs, growth_rate):
+    def __init__(self, inputs, growth_rate, activation):
         super().__init__()
+        self.act = ACTIVATIONS[activation]
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, 4 * growth_rate, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(4 * growth_rate)
         self.conv2 = nn.Conv2d(4 * growth_rate, growth_rate, 3, padding=1, bias=False)
 
     def forward(self, x):
-        out = conv_bn(self.conv1, self.bn2, F.relu(self.bn1(x), inplace=True))
-        return torch.cat([x, self.conv2(F.relu(out, inplace=True))], 1)
+        out = conv_bn(self.conv1, self.bn2, self.act(self.bn1(x)))
+        return torch.cat([x, self.conv2(self.act(out))], 1)
 
 
 class _Transition(nn.Module):
-    def __init__(self, inputs, outputs):
+    def __init__(self, inputs, outputs, activation):
         super().__init__()
+        self.act = ACTIVATIONS[activation]
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 1, bias=False)
 
     def forward(self, x):
-        return F.avg_pool2d(self.conv1(F.relu(self.bn1(x), inplace=True)), 2)
+        return F.avg_pool2d(self.conv1(self.act(self.bn1(x))), 2)
 
 
 class _Stage(nn.Module):
@@ -334,7 +350,7 @@ class _Stage(nn.Module):
 
 
 class Network(nn.Module):
-    """Images [N, 3, H, W] in [0, 1] → logits [N, classes]; a subclass has `conv1`, `stages()`, `bn1`, `fc`.
+    """Images [N, 3, H, W] in [0, 1] → logits [N, classes]; a subclass has conv1, stages(), bn1, act and fc.
 
     With `precision = "bf16"` the convolutions between the first and the classifier run in bfloat16. Pixels
     and logits stay float32: in bfloat16 the step of a pixel near 1 is 0.004, an eighth of ε.
@@ -354,7 +370,7 @@ class Network(nn.Module):
     def features(self, x):
         for stage in self.stages():
             x = stage(x)
-        return F.relu(self.bn1(x), inplace=True)
+        return self.act(self.bn1(x))
 
     def initialize(self):
         """He et al. 2015, fan-out, as in the networks that TRADES publishes."""
@@ -367,14 +383,15 @@ class Network(nn.Module):
 class WideResNet(Network):
     """WideResNet-depth-width for small images; depth = 6n + 4. Parameter names as in the TRADES release."""
 
-    def __init__(self, depth, width, classes):
+    def __init__(self, depth, width, classes, activation="relu"):
         super().__init__()
-        n = _layers_per_stage(depth)
+        self.act, n = ACTIVATIONS[activation], _layers_per_stage(depth)
         channels = [16, 16 * width, 32 * width, 64 * width]
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         for i, stride in enumerate((1, 2, 2)):
-            blocks = [_Block(channels[i + (j > 0)], channels[i + 1], 1 if j else stride) for j in range(n)]
-            self.add_module(f"block{i + 1}", _Stage(blocks))
+            widths = [channels[i]] + [channels[i + 1]] * n
+            self.add_module(f"block{i + 1}", _Stage(
+                _Block(widths[j], widths[j + 1], 1 if j else stride, activation) for j in range(n)))
         self.bn1 = nn.BatchNorm2d(channels[3])
         self.fc = nn.Linear(channels[3], classes)
         self.initialize()
@@ -386,16 +403,16 @@ class WideResNet(Network):
 class DenseNet(Network):
     """DenseNet-BC-depth, growth rate k, for small images; depth = 6n + 4, compression 0.5, first conv 2k."""
 
-    def __init__(self, depth, growth_rate, classes):
+    def __init__(self, depth, growth_rate, classes, activation="relu"):
         super().__init__()
-        n, channels = _layers_per_stage(depth), 2 * growth_rate
+        self.act, n, channels = ACTIVATIONS[activation], _layers_per_stage(depth), 2 * growth_rate
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         for i in (1, 2, 3):
-            layers = [_DenseLayer(channels + j * growth_rate, growth_rate) for j in range(n)]
-            self.add_module(f"block{i}", _Stage(layers))
+            self.add_module(f"block{i}", _Stage(
+                _DenseLayer(channels + j * growth_rate, growth_rate, activation) for j in range(n)))
             channels += n * growth_rate
             if i < 3:
-                self.add_module(f"trans{i}", _Transition(channels, channels // 2))
+                self.add_module(f"trans{i}", _Transition(channels, channels // 2, activation))
                 channels //= 2
         self.bn1 = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, classes)
@@ -411,13 +428,24 @@ def _layers_per_stage(depth):
     return (depth - 4) // 6
 
 
-# --arch → class(depth, width, classes); width: widening factor, growth rate. A new network is one more entry.
+# --arch → class(depth, width or growth rate, classes, activation). A new network is one more entry.
 NETWORKS = {"wrn": WideResNet, "densenet": DenseNet}
 
 
-def build_model(arch, depth, width, classes):
+def build_model(arch, depth, width, classes, activation="relu"):
     """A freshly initialised network of NETWORKS."""
-    return NETWORKS[arch](depth, width, classes)
+    return NETWORKS[arch](depth, width, classes, activation)
+
+
+WRAPPERS = ("state_dict", "model_state_dict", "net", "model")  # where checkpoints keep their parameters
+
+
+def parameters_of(checkpoint):
+    """The state_dict in a checkpoint of ours or in a published one; {} if there is none."""
+    state = checkpoint if isinstance(checkpoint, dict) else {}
+    while wrapped := [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]:
+        state = wrapped[0]
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
 def load_weights(model, state, source):
@@ -425,8 +453,7 @@ def load_weights(model, state, source):
 
     A `module.` prefix (DataParallel) and the unused `sub_block1.*` of the TRADES networks are dropped.
     """
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
+    state = {key.removeprefix("module."): value for key, value in state.items() if "sub_block1." not in key}
     own = model.state_dict()
     wrong = [key for key in own if not key.endswith("num_batches_tracked")
              and (key not in state or state[key].shape != own[key].shape)]
@@ -435,6 +462,43 @@ def load_weights(model, state, source):
         raise UserError(f"{source} holds another network: {len(wrong)} parameters are missing, unknown or of "
                         f"another shape, {wrong[0]} first; check --arch, --depth, --width and the classes")
     model.load_state_dict(state, strict=False)
+
+
+def sgd(model, lr, weight_decay, nesterov=False, decay_norms=True):
+    """SGD with momentum 0.9; without `decay_norms`, BatchNorm's parameters are free of the weight decay."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    free = {p for module in norms for p in module.parameters()} if not decay_norms else set()
+    groups = [{"params": [p for p in model.parameters() if p not in free]}]
+    if free:
+        groups.append({"params": [p for p in model.parameters() if p in free], "weight_decay": 0})
+    return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+
+
+class WeightAverage:
+    """`.model`: an average of the network's weights over the steps; without --ema, the network itself.
+
+    After step t the average is min(τ, (1 + t)/(10 + t)) of itself and the weights for the rest, τ the decay
+    and t counted from the end of a warm-up, 2.5 % of all steps, in which it just follows them (Gowal et al.
+    2020; Wang et al. 2023). BatchNorm's statistics are the network's own.
+    """
+
+    def __init__(self, network, args, data):
+        self.network, self.decay, self.steps = network, args.ema, 0
+        self.warmup = 0.025 * args.epochs * steps_per_epoch(len(data.x_train), args.batch_size)
+        self.model = network if args.ema is None else copy.deepcopy(network)
+        if self.model is not network and network._compiled_call_impl is not None:
+            self.model.compile(dynamic=False)  # a copy is not compiled
+
+    @torch.no_grad()
+    def update(self):
+        """To be called after each step of the optimizer."""
+        if self.decay is None:
+            return
+        t = self.steps - self.warmup
+        decay = min(self.decay, (1 + t) / (10 + t)) if t >= 0 else 0
+        torch._foreach_lerp_(list(self.model.parameters()), list(self.network.parameters()), 1 - decay)
+        torch._foreach_copy_(list(self.model.buffers()), list(self.network.buffers()))
+        self.steps += 1
 
 
 # -------------------------------------------------------------------------------------------------- execution
@@ -479,6 +543,14 @@ def set_execution(model, device, precision, compile, images):
         model.compile(dynamic=False)
     how = "compiled in the first two steps, which takes a minute or so" if compiled else "eager"
     return f"{precision}{measured}, channels_last, {how}"
+
+
+def prepare(model, args, device, images):
+    """Load --init, `set_execution` and say what it picked; args.precision becomes that."""
+    if args.init:
+        load_weights(model, parameters_of(read_checkpoint(args.init)), args.init)
+    say(set_execution(model, device, args.precision, args.compile, images))
+    args.precision = model.precision
 
 
 def measure_precisions(model, images, budget=0.2):
@@ -660,6 +732,52 @@ def pgd(model, x, loss, attack, gradient_norm=False):
 # -------------------------------------------------------------------------------------------------- schedules
 
 
+RISKS = "natural_risk", "robust_regularization"  # the two parts of equation (1.1), as logs name them
+
+
+def adjusted_beta(log, reference):
+    """Width-adjusted regularization: the λ of the epoch after `log`, given the `reference` run's log.
+
+    The paper enlarges a wide network's λ so that natural risk over robust regularization stays what it was in
+    a narrow one with a tuned λ, and leaves open how. Our reading: λ starts at the reference's and is
+    multiplied, after each epoch, by the square root of that epoch's ratio in the reference over our own; it
+    is at least the reference's λ and at most ten times as much. The ratio answers to λ with a power above 1
+    (1.3 in our runs) and is noisy, so that without the root λ zigzags. Depends on the two logs alone: a
+    resumed run goes on as it would have.
+    """
+    smallest = reference[0]["beta"]
+    if not log:
+        return smallest
+
+    def ratio(line):
+        return line[RISKS[0]] / line[RISKS[1]]
+
+    wanted = log[-1]["beta"] * math.sqrt(ratio(reference[len(log) - 1]) / ratio(log[-1]))
+    return min(max(wanted, smallest), 10 * smallest)
+
+
+def reference_log(args):
+    """The log of --reference, a finished run of the same method, data set and length; UserError otherwise."""
+    if (args.beta == "auto") != bool(args.reference):
+        raise UserError("--beta auto and --reference RUN go together")
+    if not args.reference:
+        return None
+    folder = Path(args.reference)
+    if not (folder / "args.json").exists():
+        raise UserError(f"--reference {folder}: no run is there")
+    with own_files(folder, "name another --reference"):
+        settings, log = read_json(folder / "args.json"), read_log(folder / "log.jsonl")
+        differing = [f"--{key} {settings[key]} there, {getattr(args, key)} here"
+                     for key in ("method", "dataset", "epochs") if settings[key] != getattr(args, key)]
+        if differing:
+            raise UserError(f"--reference {folder} is no such run: {'; '.join(differing)}")
+        if len(log) < args.epochs:
+            raise UserError(f"--reference {folder} is unfinished: {len(log)} of {args.epochs} epochs")
+        if not all(min(line[name] for name in ("beta", *RISKS)) > 0 for line in log):
+            raise UserError(f"--reference {folder}: its λ and its risks must be above 0 in every epoch")
+    return log
+
+
 def exp_decay(done, epochs):
     """The paper's schedule (App. C): 1, and from epoch 75 of 100 on halved every epoch: 0.5^(e - 74).
 
@@ -680,13 +798,25 @@ def cosine(done, epochs):
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
+def one_cycle(done, epochs, warmup=0.025):
+    """From 1/25 to 1 over the warm-up, then to 4e-6 in the last epoch, along cosines (Wang et al. 2023)."""
+    peak, last, epoch = warmup * epochs - 1, epochs - 1, done * epochs  # counted from 0
+    if epoch < peak:
+        return _cosine_between(0.04, 1.0, epoch / peak)
+    return _cosine_between(1.0, 4e-6, min((epoch - peak) / max(last - peak, 1e-9), 1))
+
+
+def _cosine_between(start, end, share):
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
 def _epoch(done, epochs):
     """The epoch under way, counted from 1 as the releases do; a fraction inside it counts."""
     return round(done * epochs, 9) + 1
 
 
 # --schedule → factor of the base rate, from the fraction `done` of a run of `epochs` epochs, in [0, 1).
-SCHEDULES = {"exp-decay": exp_decay, "step": step, "cosine": cosine}
+SCHEDULES = {"exp-decay": exp_decay, "step": step, "cosine": cosine, "one-cycle": one_cycle}
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -799,12 +929,16 @@ def local_lipschitzness(model, stream, attack, seed=0):
 
 
 def monitor(model, data, args, epoch):
-    """`evaluate` on --eval-size test images under MONITOR with --eps; Nones where --eval-every skips one."""
+    """`evaluate` under MONITOR with --eps, on --val-size images or else --eval-size test images; for the log.
+
+    Nones where --eval-every skips an epoch.
+    """
     if epoch % args.eval_every and epoch != args.epochs:
         return dict.fromkeys(METRICS)
     some = data.test_subset(args.eval_size)
-    stream = padded_batches(data.x_test[some], data.y_test[some], args.batch_size)
-    return evaluate(model, stream, replace(MONITOR, eps=args.eps))[0]
+    x, y = (data.x_val, data.y_val) if args.val_size else (data.x_test[some], data.y_test[some])
+    metrics, _ = evaluate(model, padded_batches(x, y, args.batch_size), replace(MONITOR, eps=args.eps))
+    return {**metrics, "monitored": "validation" if args.val_size else "test"}
 
 
 def report(model, data, args):
@@ -815,7 +949,8 @@ def report(model, data, args):
     metrics, _ = evaluate(model, padded_batches(x, y, args.batch_size), attack)
     stream = padded_batches(x[:1000], y[:1000], args.batch_size)
     lipschitzness = local_lipschitzness(model, stream, attack)
-    return {**metrics, "local_lipschitzness": lipschitzness, "precision": args.precision}
+    return {**metrics, "local_lipschitzness": lipschitzness, "precision": args.precision,
+            "best_chosen_on": "validation" if args.val_size else "test"}
 
 
 def describe(metrics):
@@ -844,10 +979,13 @@ class Run:
 
     It knows epochs, named numbers and files; best.pt is the epoch with the highest `robust_accuracy` given to
     `end_epoch`. A loop may `break`, `continue` or raise anywhere: what `end_epoch` wrote is what there is.
+    With a `WeightAverage` a checkpoint's "model" is the average, "raw_model" the network.
     """
 
-    def __init__(self, args, model, optimizer, images):
+    def __init__(self, args, model, optimizer, images, average=None):
         self.args, self.model, self.optimizer, self.images = args, model, optimizer, images
+        self.average = average if average and average.decay is not None else None
+        self.tested = self.average.model if self.average else model
         self.device = next(model.parameters()).device
         self.folder = Path(args.out)
         self.settings = {key: value for key, value in vars(args).items() if key != "out"}
@@ -878,7 +1016,10 @@ class Run:
             raise UserError(f"{self.folder} holds a run of other code: {' and '.join(edited)} changed since; "
                             f"choose another --out, or --accept-changed-code to go on with it")
         state = read_checkpoint(self.folder / "last.pt")
-        load_weights(self.model, state["model"], self.folder / "last.pt")
+        load_weights(self.tested, state["model"], self.folder / "last.pt")
+        if self.average:
+            load_weights(self.model, state["raw_model"], self.folder / "last.pt")
+            self.average.steps = state["averaged_steps"]
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
@@ -946,9 +1087,11 @@ class Run:
             file.write(json.dumps(entry) + "\n")
         self.log.append(entry)
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        checkpoint = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        checkpoint = {"model": self.tested.state_dict(), "optimizer": self.optimizer.state_dict(),
                       "epoch": self.current, "args": self.settings, "rng": torch.get_rng_state(),
                       "cuda_rng": cuda_rng}
+        if self.average:
+            checkpoint |= {"raw_model": self.model.state_dict(), "averaged_steps": self.average.steps}
         content = io.BytesIO()
         torch.save(checkpoint, content)
         if self._is_best():  # first: what a kill between the two leaves undone, the same epoch does again
@@ -976,10 +1119,10 @@ class Run:
             found["best"] = found["last"]
             best = self.folder / "best.pt"
             if best.exists() and (state := read_checkpoint(best))["epoch"] != self.epoch:
-                last = copy.deepcopy(self.model.state_dict())
-                load_weights(self.model, state["model"], best)
+                last = copy.deepcopy(self.tested.state_dict())
+                load_weights(self.tested, state["model"], best)
                 found["best"] = {"epoch": state["epoch"], **test()}
-                self.model.load_state_dict(last)
+                self.tested.load_state_dict(last)
             write_json(path, found)
         with own_files(self.folder):
             for name in ("last", "best") if found["best"] != found["last"] else ("last",):
@@ -1026,13 +1169,13 @@ def fingerprint(path):
 
 
 @contextlib.contextmanager
-def own_files(folder):
+def own_files(folder, advice="choose another --out"):
     """What a spoilt run folder raises inside becomes a UserError."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: args.json, log.jsonl, last.pt or metrics.json is not what a run wrote "
-                        f"({type(error).__name__}: {error}); choose another --out") from None
+                        f"({type(error).__name__}: {error}); {advice}") from None
 
 
 def duration(seconds):
@@ -1179,6 +1322,11 @@ def integer(low=1):
     return parse
 
 
+def number_or_auto(text):
+    """An argparse type: "auto" or a number."""
+    return text if text == "auto" else number()(text)
+
+
 def experiment_parser(file, doc, **defaults):
     """What every training script takes. `file`: the script's, after which the method is named."""
     parser = Parser(doc)
@@ -1205,19 +1353,30 @@ def training_parser(file, doc, **defaults):
     add("--dataset", default="cifar10", metavar="NAME", help="cifar10, cifar100, synthetic, or a NAME.npz")
     add("--data-dir", default="data", metavar="DIR", help="where data sets are, or are downloaded to")
     add("--train-size", type=integer(), metavar="N", help="train on N random images, drawn with --seed")
+    add("--val-size", type=integer(0), default=0, metavar="N", help="hold out N random training images to "
+        "monitor, and so to choose best.pt on; 0: test images, the paper's choice")
     add("--no-flip", action="store_true", help="do not mirror training images (digits, say)")
     add("--arch", choices=NETWORKS, default="wrn", help="WideResNet or DenseNet-BC")
     add("--depth", type=integer(), default=34, help="layers, 6n + 4")
     add("--width", type=integer(), default=10, help="widening factor, or a DenseNet's growth rate")
+    add("--activation", choices=ACTIVATIONS, default="relu", help="of every layer; the paper's is ReLU")
+    add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add("--epochs", type=integer(), default=100, help="passes over the training images")
     add("--batch-size", type=integer(), default=128, help="images a step")
     add("--lr", type=number(above=True), default=0.1, help="base learning rate of SGD with momentum 0.9")
     add("--weight-decay", type=number(), default=2e-4, help="L2 penalty on every parameter")
+    add("--nesterov", action="store_true", help="Nesterov momentum")
+    add("--no-norm-decay", action="store_true", help="no weight decay on BatchNorm's parameters")
+    add("--label-smoothing", type=number(0, 1), default=0.0, help="in the loss, not in the attack")
+    add("--ema", type=number(0, 1), metavar="DECAY", help="monitor, test and save an average of the weights, "
+        "of this decay per step, such as 0.995")
     add("--schedule", choices=SCHEDULES, default="exp-decay", help="learning rate over the run")
     add("--eps", type=number(0, 1), default=0.031, help="attack's ℓ∞ radius, pixels in [0, 1]; 8/255 works")
     add("--step-size", type=number(), default=0.007, help="attack step, in pixel range [0, 1]")
     add("--steps", type=integer(0), default=10, help="attack steps")
-    add("--beta", type=number(), default=6.0, help="λ of the paper: weight of the robust regularization")
+    add("--beta", type=number_or_auto, default=6.0,
+        help="λ of the paper: weight of the robust regularization; auto: adjusted to --reference")
+    add("--reference", metavar="RUN", help="for --beta auto: a narrower network's finished run")
     add("--eval-every", type=integer(), default=1, metavar="N", help="epochs between monitor evaluations")
     add("--eval-size", type=integer(), default=1000, metavar="N", help="test images in a monitor evaluation")
     add("--test-size", type=integer(), metavar="N", help="random test images in metrics.json; by default all")
@@ -1245,7 +1404,8 @@ def run_folder(parser, args):
     """runs/<method>-<dataset>-<model>-beta<β>-seed<s> and every other setting that is not the default."""
     named = {"method", "dataset", "arch", "depth", "width", "beta", "seed", *MAY_CHANGE}
     network = f"{args.arch}{args.depth}-{args.width}"
-    name = f"{args.method}-{args.dataset}-{network}-beta{args.beta:g}-seed{args.seed}"
+    beta = args.beta if args.beta == "auto" else f"{args.beta:g}"
+    name = f"{args.method}-{args.dataset}-{network}-beta{beta}-seed{args.seed}"
     for key, value in vars(args).items():
         if key not in named and value != parser.get_default(key):
             shown = f"{value:.4g}" if isinstance(value, float) else Path(str(value)).stem

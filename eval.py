@@ -32,7 +32,6 @@ from common import Attack, UserError, say
 
 METRICS = dict(zip(common.METRICS, ("natural", "robust", "stability")), label_free_stability="label-free")
 EPS, STEP_SIZE = {"linf": 0.031, "l2": 0.5}, {"linf": 0.003, "l2": 0.05}  # 20 steps can cross the ball
-WRAPPERS = ("state_dict", "model_state_dict", "net", "model")  # where published checkpoints keep parameters
 AUTOATTACK = "pyautoattack"  # on PyPI, by AutoAttack's authors
 
 
@@ -117,10 +116,7 @@ def load(file, args, device):
     settings are those of the training run, {} if it is not one of ours; facts go into the row of results.
     """
     saved = common.read_checkpoint(file)
-    saved = state = saved if isinstance(saved, dict) else {}
-    while wrapper := next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None):
-        state = state[wrapper]
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    saved, state = saved if isinstance(saved, dict) else {}, common.parameters_of(saved)
     settings = saved.get("args")
     settings = settings if isinstance(settings, dict) and "method" in settings else {}
     if settings.get("method") == "fast":
@@ -142,7 +138,7 @@ def load(file, args, device):
     network["classes"] = args.classes or data.classes
     if network["classes"] < data.classes:
         raise UserError(f"--classes {args.classes}: {dataset} has {data.classes}")
-    model = common.build_model(**network)
+    model = common.build_model(**network, activation=settings.get("activation", "relu"))
     common.load_weights(model, state, file)
     if mean or std:
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1)

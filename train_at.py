@@ -14,14 +14,13 @@ L(x̂), except on images whose loss the attack did not raise. What else differs 
 0.001·N(0, 1) away from x, not anywhere in the ε-ball, and clean images pass too, so that BatchNorm's running
 statistics are of both kinds.
 """
-import torch
 import torch.nn.functional as F
 
 import common
 from common import Attack, cross_entropy_to, pgd
 
 
-def at_loss(model, x, x_adv, y, beta):
+def at_loss(model, x, x_adv, y, beta, label_smoothing=0.0):
     """(loss, natural risk, robust regularization), batch means: equation (1.1), the difference clipped at 0.
 
     x, x_adv [N, 3, H, W] in [0, 1]; y [N]. Train mode; clean and adversarial images pass separately, so that
@@ -29,8 +28,9 @@ def at_loss(model, x, x_adv, y, beta):
     in greater part).
     """
     model.train()
-    adversarial_risk = F.cross_entropy(model(x_adv), y, reduction="none")  # [N]
-    natural_risk = F.cross_entropy(model(x), y, reduction="none")
+    how = {"reduction": "none", "label_smoothing": label_smoothing}
+    adversarial_risk = F.cross_entropy(model(x_adv), y, **how)  # [N]
+    natural_risk = F.cross_entropy(model(x), y, **how)
     robust_regularization = (adversarial_risk - natural_risk).clamp(min=0).mean()
     natural_risk = natural_risk.mean()
     return natural_risk + beta * robust_regularization, natural_risk, robust_regularization
@@ -39,30 +39,33 @@ def at_loss(model, x, x_adv, y, beta):
 def main(argv):
     parser = common.training_parser(__file__, __doc__, beta=1.0)
     args, device = common.start(parser, argv)
-    data = common.load_data(args.dataset, args.data_dir, device, args.train_size, args.seed)
-    model = common.build_model(args.arch, args.depth, args.width, data.classes)
-    how = common.set_execution(model, device, args.precision, args.compile, data.x_train[:args.batch_size])
-    common.say(how)
-    args.precision = model.precision
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay,
-                                fused=True)
+    reference = common.reference_log(args)
+    data = common.load_data(args.dataset, args.data_dir, device, args.train_size, args.seed, args.val_size)
+    model = common.build_model(args.arch, args.depth, args.width, data.classes, args.activation)
+    common.prepare(model, args, device, data.x_train[:args.batch_size])
+    optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov, not args.no_norm_decay)
+    average = common.WeightAverage(model, args, data)  # of --ema, or the network itself
     attack = Attack("cross-entropy", eps=args.eps, step_size=args.step_size, steps=args.steps,
                     start="gaussian")
-    run = common.Run(args, model, optimizer, images=len(data.x_train))
+    run = common.Run(args, model, optimizer, images=len(data.x_train), average=average)
 
     for epoch in run.epochs():
+        beta = common.adjusted_beta(run.log, reference) if reference else args.beta
         lr = args.lr * common.SCHEDULES[args.schedule]((epoch - 1) / args.epochs, args.epochs)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         for x, y in common.batches(data.x_train, data.y_train, args.batch_size, not args.no_flip):
             x_adv, lipschitz = pgd(model, x, cross_entropy_to(y), attack, gradient_norm=True)
-            loss, natural_risk, robust_regularization = at_loss(model, x, x_adv, y, args.beta)
+            loss, natural_risk, robust_regularization = at_loss(
+                model, x, x_adv, y, beta, args.label_smoothing)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            average.update()
             run.record(len(x), natural_risk=natural_risk, robust_regularization=robust_regularization,
                        lipschitz=lipschitz.mean())
-        run.end_epoch(lr=lr, beta=args.beta, **common.monitor(model, data, args, epoch))
-    run.finish(lambda: common.report(model, data, args))
+        run.end_epoch(lr=lr, beta=beta, **common.monitor(average.model, data, args, epoch))
+    run.finish(lambda: common.report(average.model, data, args))
 
 
 if __name__ == "__main__":

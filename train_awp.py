@@ -27,7 +27,7 @@ import common
 from common import Attack, clean_probabilities, integer, kl_to, number, pgd
 
 
-def trades_loss(model, x, x_adv, y, beta):
+def trades_loss(model, x, x_adv, y, beta, label_smoothing=0.0):
     """(loss, natural risk, robust regularization), batch means: equation (1.1) with KL as the regularization.
 
     x, x_adv [N, 3, H, W] in [0, 1]; y [N]. Train mode; clean and adversarial images pass separately, so that
@@ -35,13 +35,13 @@ def trades_loss(model, x, x_adv, y, beta):
     """
     model.train()
     logits, logits_adv = model(x), model(x_adv)
-    natural_risk = F.cross_entropy(logits, y)
+    natural_risk = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     robust_regularization = F.kl_div(F.log_softmax(logits_adv, 1), F.log_softmax(logits, 1), log_target=True,
                                      reduction="batchmean")
     return natural_risk + beta * robust_regularization, natural_risk, robust_regularization
 
 
-def weight_perturbation(model, weights, x, x_adv, y, beta, gamma):
+def weight_perturbation(model, weights, x, x_adv, y, beta, gamma, label_smoothing=0.0):
     """γ·‖w‖·g/‖g‖ for each tensor of `weights`, g its gradient of `trades_loss`: ascent, layer by layer.
 
     BatchNorm normalizes with the batch, as in the update; its running statistics are afterwards as before.
@@ -49,7 +49,7 @@ def weight_perturbation(model, weights, x, x_adv, y, beta, gamma):
     """
     buffers = list(model.buffers())  # put back below: the pass itself is the update's, one graph to compile
     found = [buffer.clone() for buffer in buffers]
-    loss, _, _ = trades_loss(model, x, x_adv, y, beta)
+    loss, _, _ = trades_loss(model, x, x_adv, y, beta, label_smoothing)
     gradients = torch.autograd.grad(loss, weights)
     with torch.no_grad():
         for dtype in {buffer.dtype for buffer in buffers}:  # fused only among tensors of one type
@@ -67,39 +67,43 @@ def main(argv):
     parser.add_argument("--gamma", type=number(), default=0.005, help="length of a perturbation over ‖w‖")
     parser.add_argument("--warmup", type=integer(0), default=10, help="epochs of plain TRADES before AWP")
     args, device = common.start(parser, argv)
-    data = common.load_data(args.dataset, args.data_dir, device, args.train_size, args.seed)
-    model = common.build_model(args.arch, args.depth, args.width, data.classes)
-    how = common.set_execution(model, device, args.precision, args.compile, data.x_train[:args.batch_size])
-    common.say(how)
-    args.precision = model.precision
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay,
-                                fused=True)
+    reference = common.reference_log(args)
+    data = common.load_data(args.dataset, args.data_dir, device, args.train_size, args.seed, args.val_size)
+    model = common.build_model(args.arch, args.depth, args.width, data.classes, args.activation)
+    common.prepare(model, args, device, data.x_train[:args.batch_size])
+    optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov, not args.no_norm_decay)
+    average = common.WeightAverage(model, args, data)  # of --ema, or the network itself
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     attack = Attack("kl", eps=args.eps, step_size=args.step_size, steps=args.steps, start="gaussian")
     schedules = {**common.SCHEDULES, "step": lambda done, epochs: common.step(done, epochs, (0.5, 0.75))}
-    run = common.Run(args, model, optimizer, images=len(data.x_train))
+    run = common.Run(args, model, optimizer, images=len(data.x_train), average=average)
 
     for epoch in run.epochs():
+        beta = common.adjusted_beta(run.log, reference) if reference else args.beta
         lr = args.lr * schedules[args.schedule]((epoch - 1) / args.epochs, args.epochs)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         for x, y in common.batches(data.x_train, data.y_train, args.batch_size, not args.no_flip):
             p = clean_probabilities(model, x)  # once, not in every attack step
             x_adv, lipschitz = pgd(model, x, kl_to(p), attack, gradient_norm=True)
             if epoch > args.warmup:
-                perturbation = weight_perturbation(model, weights, x, x_adv, y, args.beta, args.gamma)
+                perturbation = weight_perturbation(model, weights, x, x_adv, y, beta, args.gamma,
+                                                   args.label_smoothing)
                 with torch.no_grad():
                     torch._foreach_add_(weights, perturbation)
-            loss, natural_risk, robust_regularization = trades_loss(model, x, x_adv, y, args.beta)
+            loss, natural_risk, robust_regularization = trades_loss(
+                model, x, x_adv, y, beta, args.label_smoothing)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if epoch > args.warmup:
                 with torch.no_grad():
                     torch._foreach_sub_(weights, perturbation)
+            average.update()
             run.record(len(x), natural_risk=natural_risk, robust_regularization=robust_regularization,
                        lipschitz=lipschitz.mean())
-        run.end_epoch(lr=lr, beta=args.beta, **common.monitor(model, data, args, epoch))
-    run.finish(lambda: common.report(model, data, args))
+        run.end_epoch(lr=lr, beta=beta, **common.monitor(average.model, data, args, epoch))
+    run.finish(lambda: common.report(average.model, data, args))
 
 
 if __name__ == "__main__":

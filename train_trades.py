@@ -15,6 +15,19 @@ or, with 500K extra images (RST, Carmon et al. 2019; App. C and G), of WideResNe
     python train_trades.py --extra-data data/ti_500K_pseudo_labeled.pickle --depth 28 --width 10 --beta 6 \\
         --epochs 200 --schedule cosine --batch-size 256 --weight-decay 5e-4 --nesterov
 
+or, with generated images and today's other ingredients (Wang et al. 2023; the .npz, with `image` and `label`,
+is their project's: huggingface.co/datasets/P2333/DM-Improves-AT):
+
+    python train_trades.py --extra-data data/1m.npz --extra-fraction 0.7 --val-size 1024 --depth 28 \\
+        --width 10 --beta 5 --eps 8/255 --step-size 2/255 --epochs 400 --schedule one-cycle --lr 0.2 \\
+        --batch-size 512 --weight-decay 5e-4 --no-norm-decay --nesterov --activation silu \\
+        --label-smoothing 0.1 --ema 0.995
+
+A λ that follows the width by itself (the paper's width-adjusted regularization; `common.adjusted_beta`):
+
+    python train_trades.py --width 1 --beta 6 --out runs/narrow    # tuned on a narrow network
+    python train_trades.py --width 10 --beta auto --reference runs/narrow
+
 Measured so far, small and on 2 CPU cores (AMD EPYC, bf16), with JPEG copies of CIFAR-10, seed 1: --depth 10
 --width 1 --train-size 10000 --epochs 5 attains 39.57 % natural and 22.54 % robust accuracy at 73.94 %
 stability in 6 min 38 s.
@@ -23,14 +36,13 @@ Loss: cross-entropy + β·KL(f(x) ‖ f(x̂)), x̂ from 10 steps of PGD on the s
 With extra data an epoch is a pass over as many images, labelled and extra together, as the labelled set has
 (50,000, as in the RST release): at --extra-fraction 0.5 half of the labelled and as many extra ones.
 """
-import torch
 import torch.nn.functional as F
 
 import common
 from common import Attack, UserError, clean_probabilities, kl_to, number, pgd
 
 
-def trades_loss(model, x, x_adv, y, beta):
+def trades_loss(model, x, x_adv, y, beta, label_smoothing=0.0):
     """(loss, natural risk, robust regularization), batch means: equation (1.1) with KL as the regularization.
 
     x, x_adv [N, 3, H, W] in [0, 1]; y [N]. Train mode; clean and adversarial images pass separately, so that
@@ -38,7 +50,7 @@ def trades_loss(model, x, x_adv, y, beta):
     """
     model.train()
     logits, logits_adv = model(x), model(x_adv)
-    natural_risk = F.cross_entropy(logits, y)
+    natural_risk = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     robust_regularization = F.kl_div(F.log_softmax(logits_adv, 1), F.log_softmax(logits, 1), log_target=True,
                                      reduction="batchmean")
     return natural_risk + beta * robust_regularization, natural_risk, robust_regularization
@@ -49,26 +61,26 @@ def main(argv):
     parser.add_argument("--extra-data", metavar="FILE", help="more images: RST's pickle, or an .npz")
     parser.add_argument("--extra-fraction", type=number(0, 1), metavar="F",
                         help="their share of each batch; with --extra-data 0.5 unless given")
-    parser.add_argument("--nesterov", action="store_true", help="Nesterov momentum, as RST has it")
     args, device = common.start(parser, argv)
     if args.extra_fraction is not None and not args.extra_data:
         raise UserError("--extra-fraction is the share of --extra-data, which is not given")
-    data = common.load_data(args.dataset, args.data_dir, device, args.train_size, args.seed)
+    reference = common.reference_log(args)
+    data = common.load_data(args.dataset, args.data_dir, device, args.train_size, args.seed, args.val_size)
     if args.extra_data:
         extra = common.load_extra(args.extra_data, data)
         args.extra_fraction = 0.5 if args.extra_fraction is None else args.extra_fraction
-    model = common.build_model(args.arch, args.depth, args.width, data.classes)
-    how = common.set_execution(model, device, args.precision, args.compile, data.x_train[:args.batch_size])
-    common.say(how)
-    args.precision = model.precision
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay,
-                                nesterov=args.nesterov, fused=True)
+    model = common.build_model(args.arch, args.depth, args.width, data.classes, args.activation)
+    common.prepare(model, args, device, data.x_train[:args.batch_size])
+    optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov, not args.no_norm_decay)
+    average = common.WeightAverage(model, args, data)  # of --ema, or the network itself
     attack = Attack("kl", eps=args.eps, step_size=args.step_size, steps=args.steps, start="gaussian")
-    run = common.Run(args, model, optimizer, images=len(data.x_train))
+    run = common.Run(args, model, optimizer, images=len(data.x_train), average=average)
 
     for epoch in run.epochs():
+        beta = common.adjusted_beta(run.log, reference) if reference else args.beta
         lr = args.lr * common.SCHEDULES[args.schedule]((epoch - 1) / args.epochs, args.epochs)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         if args.extra_data:
             stream = common.mixed_batches(data, *extra, args.batch_size, args.extra_fraction,
                                           not args.no_flip)
@@ -77,14 +89,16 @@ def main(argv):
         for x, y in stream:
             p = clean_probabilities(model, x)  # once, not in every attack step
             x_adv, lipschitz = pgd(model, x, kl_to(p), attack, gradient_norm=True)
-            loss, natural_risk, robust_regularization = trades_loss(model, x, x_adv, y, args.beta)
+            loss, natural_risk, robust_regularization = trades_loss(
+                model, x, x_adv, y, beta, args.label_smoothing)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            average.update()
             run.record(len(x), natural_risk=natural_risk, robust_regularization=robust_regularization,
                        lipschitz=lipschitz.mean())
-        run.end_epoch(lr=lr, beta=args.beta, **common.monitor(model, data, args, epoch))
-    run.finish(lambda: common.report(model, data, args))
+        run.end_epoch(lr=lr, beta=beta, **common.monitor(average.model, data, args, epoch))
+    run.finish(lambda: common.report(average.model, data, args))
 
 
 if __name__ == "__main__":

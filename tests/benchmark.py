@@ -113,7 +113,7 @@ class Turns:
 class Recorder:
     """Takes the place of common.Run: epochs without end, of which each step counts."""
 
-    def __init__(self, turns, args, model, optimizer, images):
+    def __init__(self, turns, args, model, optimizer, images, average=None):
         self.turns, self.epoch, self.log = turns, args.epochs - 1, []  # AWP acts, and nothing is evaluated
         size = args.crops[0] if args.method == "fast_imagenet" else 32
         with FlopCounterMode(display=False) as counter, common.attack_mode(model), torch.no_grad():

@@ -446,7 +446,7 @@ def test_learning_rates_of_the_recipes(schedule, epochs, expected):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["exp-decay", "step", "cosine"])
 @pytest.mark.parametrize("epochs", [5, 10, 37, 1000])
 def test_learning_rates_fall_from_one_and_stay_above_zero(schedule, epochs):
     parts = 4 * epochs  # inside epochs, too
@@ -579,7 +579,8 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(tiny, 
     assert killed.returncode == -signal.SIGKILL and lines_of(cut / "log.jsonl") in (2, 3)
     with open(cut / "log.jsonl", "a") as file:
         file.write('{"epoch": 3, "lr"')  # as a kill in the middle of a write leaves it
-    assert run(*tiny).returncode == run(*tiny, "--out", whole).returncode == 0
+    train_trades.main(tiny)
+    train_trades.main([*tiny, "--out", str(whole)])
     assert_same_runs(whole, cut)
     assert lines_of(cut / "log.jsonl") == 4 and common.read_json(cut / "metrics.json")["last"]["n"] == 21
 
@@ -723,7 +724,7 @@ def test_the_folder_holds_what_the_readme_promises(tiny, tmp_path):
     assert set(contents(out)) == {"args.json", "log.jsonl", "last.pt", "best.pt", "metrics.json"}
     assert set(common.read_log(out / "log.jsonl")[-1]) == {
         "epoch", "lr", "beta", "natural_risk", "robust_regularization", "lipschitz", "n", "attack", "seconds",
-        "images_per_second", "natural_accuracy", "robust_accuracy", "perturbation_stability"}
+        "images_per_second", "natural_accuracy", "robust_accuracy", "perturbation_stability", "monitored"}
     checkpoint = torch.load(out / "last.pt", weights_only=True)
     args = checkpoint["args"]
     assert checkpoint["epoch"] == 2 and args["method"] == "trades" and args["width"] == 1
@@ -889,3 +890,137 @@ def test_a_run_that_finished_no_epoch_may_start_over_with_other_settings(tiny, t
     assert lines_of(out / "log.jsonl") == 1
     metrics = common.read_json(out / "metrics.json")["last"]
     assert metrics["perturbation_stability"] == 1 and metrics["local_lipschitzness"] == 0
+
+
+# --------------------------------------------------------------------------------- what a width study needs
+
+
+def test_held_out_images_are_others_and_leave_the_training_subset_as_it_was(tmp_path):
+    arrays = common.synthetic(n_train=60, n_test=5)
+    arrays["x_train"][:, 0, 0, 0] = np.arange(60)  # numbers the images
+    np.savez(tmp_path / "toy.npz", **arrays)
+
+    def numbers(x):
+        return x[:, 0, 0, 0].tolist()
+
+    plain, held = (common.load_data("toy", tmp_path, "cpu", 40, seed=3, val_size=n) for n in (0, 15))
+    assert plain.x_val is None and numbers(held.x_train) == numbers(plain.x_train)
+    assert len(held.x_val) == 15 and not {*numbers(held.x_val)} & {*numbers(held.x_train)}
+    rest = common.load_data("toy", tmp_path, "cpu", seed=3, val_size=15)
+    assert sorted(numbers(rest.x_train) + numbers(rest.x_val)) == list(range(60))
+    assert numbers(rest.x_val) == numbers(held.x_val)
+    assert (held.y_val.numpy() == arrays["y_train"][numbers(held.x_val)]).all()
+    with pytest.raises(UserError, match="--train-size 50 and --val-size 15: .* has 60 training images"):
+        common.load_data("toy", tmp_path, "cpu", 50, val_size=15)
+
+
+@pytest.mark.parametrize("val_size, chosen_on", [(24, "validation"), (0, "test")])
+def test_the_monitor_says_what_it_looks_at(tiny, tmp_path, monkeypatch, val_size, chosen_on):
+    seen, evaluate = [], common.evaluate
+    monkeypatch.setattr(common, "evaluate", lambda *a, **k: seen.append(evaluate(*a, **k)) or seen[-1])
+    train_trades.main([*tiny, "--epochs", "1", "--val-size", str(val_size)])
+    line, = common.read_log(tmp_path / "run" / "log.jsonl")
+    assert line["monitored"] == chosen_on and line["n"] == len(seen[0][1]["label"]) == (val_size or 8)
+    assert common.read_json(tmp_path / "run" / "metrics.json")["best"]["best_chosen_on"] == chosen_on
+
+
+def test_the_average_of_the_weights_by_hand():
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
+    args = SimpleNamespace(ema=0.6, epochs=10, batch_size=5)
+    data = SimpleNamespace(x_train=torch.zeros(40, 1))
+    average = common.WeightAverage(network, args, data)  # 80 steps: 2 of warm-up
+    expected = None
+    for step in range(20):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            network[1].running_mean.add_(1)
+        weight = network[0].weight.detach().clone()
+        decay = 0 if step < 2 else min(0.6, (step - 1) / (step + 8))
+        expected = weight if step == 0 else decay * expected + (1 - decay) * weight
+        average.update()
+        assert torch.allclose(average.model[0].weight, expected, rtol=0, atol=1e-14)
+        assert torch.equal(average.model[1].running_mean, network[1].running_mean)
+    assert not torch.allclose(expected, weight)
+    args.ema = None
+    assert common.WeightAverage(network, args, data).model is network
+
+
+@pytest.mark.parametrize("epochs", [30, 41, 100, 400])
+def test_one_cycle_is_that_of_pytorch(epochs):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=epochs, pct_start=0.025)
+    for epoch in range(epochs):
+        ours = 0.2 * common.SCHEDULES["one-cycle"](epoch / epochs, epochs)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        if epoch + 1 < epochs:
+            theirs.step()
+
+
+def test_norms_can_be_free_of_weight_decay():
+    model = common.build_model("wrn", 10, 1, 10)
+    everything, = common.sgd(model, 0.1, 5e-4).param_groups
+    assert everything["params"] == list(model.parameters()) and everything["weight_decay"] == 5e-4
+    decayed, free = common.sgd(model, 0.1, 5e-4, nesterov=True, decay_norms=False).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert free["weight_decay"] == 0 and decayed["weight_decay"] == 5e-4 and decayed["nesterov"]
+    assert {".bn" in "." + names[id(p)] for p in free["params"]} == {True}
+    assert not any(".bn" in "." + names[id(p)] for p in decayed["params"])
+    assert len(free["params"]) + len(decayed["params"]) == len(names)
+
+
+@pytest.mark.parametrize("arch, depth, width", [("wrn", 10, 1), ("densenet", 10, 4)])
+def test_silu_takes_the_place_of_every_relu(monkeypatch, arch, depth, width):
+    x = torch.rand(2, 3, 16, 16)
+    torch.manual_seed(0)
+    smooth = common.build_model(arch, depth, width, 10, "silu").eval()
+    torch.manual_seed(0)
+    monkeypatch.setitem(common.ACTIVATIONS, "relu", lambda z: z * torch.sigmoid(z))  # SiLU by its definition
+    by_definition = common.build_model(arch, depth, width, 10).eval()
+    monkeypatch.setattr(F, "relu", None)  # nothing calls it behind the table's back
+    assert torch.allclose(smooth(x), by_definition(x), atol=1e-5)
+
+
+def test_a_run_starts_from_given_weights(tiny, tmp_path):
+    flags = [*tiny, "--epochs", "1", "--lr", "1e-30", "--weight-decay", "0"]
+    train_trades.main([*flags, "--out", str(tmp_path / "first")])
+    torch.save({"state_dict": {"module." + key: value for key, value in
+                               common.read_checkpoint(tmp_path / "first" / "last.pt")["model"].items()}},
+               tmp_path / "published.pt")
+    train_trades.main([*flags, "--seed", "2", "--init", str(tmp_path / "published.pt"),
+                   "--out", str(tmp_path / "second")])
+    first, second = (common.read_checkpoint(tmp_path / name / "last.pt") for name in ("first", "second"))
+    assert torch.equal(first["model"]["fc.weight"], second["model"]["fc.weight"])
+    with pytest.raises(UserError, match="published.pt holds another network"):
+        train_trades.main([*flags, "--width", "2", "--init", str(tmp_path / "published.pt"),
+                       "--out", str(tmp_path / "third")])
+
+
+# ----------------------------------------------------------------------------- width-adjusted regularization
+
+
+@pytest.mark.parametrize("answer, inertia", [(0.7, 0.0), (1.34, 0.0), (1.34, 0.6), (1.8, 0.0)])
+def test_lambda_is_brought_to_the_reference_ratio_and_stays(answer, inertia):
+    """A run whose ratio follows c·λ^answer, at once or with a lag: c half of what the reference has."""
+    reference = [{"beta": 6.0, "natural_risk": 1 + 2 ** (e / 50), "robust_regularization": 0.02}
+                 for e in range(100)]
+    log, level = [], None
+    for line in reference:
+        beta = common.adjusted_beta(log, reference)
+        aim = math.log(0.5 * line["natural_risk"] / 0.02 * (beta / 6) ** answer)
+        level = aim if level is None else inertia * level + (1 - inertia) * aim
+        log.append({"beta": beta, "natural_risk": math.exp(level), "robust_regularization": 1.0})
+    found = [a["natural_risk"] * 0.02 / b["natural_risk"] for a, b in zip(log, reference)]
+    assert found[0] == pytest.approx(0.5) and all(abs(x - 1) < 0.1 for x in found[33:])
+    assert log[-1]["beta"] == pytest.approx(6 * 2 ** (1 / answer), rel=0.1)
+
+
+def test_lambda_stays_between_the_references_and_ten_times_that():
+    reference = [{"beta": 6.0, "natural_risk": 1.0, "robust_regularization": 0.01}] * 9
+    for risk, beta in ((1e-3, 60.0), (1e3, 6.0)):
+        log = []
+        for _ in range(8):
+            log.append({"beta": common.adjusted_beta(log, reference), "natural_risk": risk,
+                        "robust_regularization": 0.01})
+        assert log[0]["beta"] == 6.0 and log[-1]["beta"] == beta

@@ -81,7 +81,7 @@ class Recorder:
     """A run folder without files, for one epoch."""
     log, trained = [], None
 
-    def __init__(self, args, model, optimizer, images):
+    def __init__(self, args, model, optimizer, images, average=None):
         self.trained[:] = model.parameters()
 
     def epochs(self):

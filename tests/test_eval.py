@@ -100,6 +100,7 @@ def test_label_free_stability_is_that_of_attacks_away_from_the_prediction(traine
 def test_it_is_the_evaluation_that_training_reports(folder):
     row, = run(folder, "--checkpoint", "last", "--eval-size", 40, "--lipschitz-size", 40, "--batch-size", 20)
     reported = common.read_json(folder / "run" / "metrics.json")["last"]
+    assert reported.pop("best_chosen_on") == "test"
     assert {key: row[key] for key in reported} == reported
 
 
@@ -312,7 +313,7 @@ def test_schedules_figure_draws_every_schedule(monkeypatch):
     monkeypatch.setitem(common.SCHEDULES, "new", lambda done, epochs: 1 - done)
     evaluation.schedules_figure(figure)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
-    assert lines.keys() == {"exp-decay", "step", "cosine", "new"}
+    assert lines.keys() == {"exp-decay", "step", "cosine", "one-cycle", "new"}
     np.testing.assert_allclose(lines["new"], 0.1 * (1 - np.arange(100) / 100))
 
 

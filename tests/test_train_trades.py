@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.datasets import CIFAR100
 
 import common
@@ -111,10 +112,17 @@ def test_every_script_trains_on_cifar100(tiny, cifar100, tmp_path, monkeypatch, 
     assert np.log(100) - 1 < common.read_log(out / "log.jsonl")[0]["natural_risk"] < np.log(100) + 2
 
 
+TODAY = ("--ema 0.9 --activation silu --label-smoothing 0.1 --nesterov --no-norm-decay --schedule one-cycle "
+         "--val-size 16").split()
+
+
 @pytest.mark.parametrize("script, flags, other, message", [
     (train_trades, ["--extra-data", "extra.npz"], ["--extra-fraction", "0.25"], "0.5 there, 0.25 here"),
-    (train_at, [], ["--beta", "2"], "--beta 1.0 there, 2.0 here"),
-    (train_awp, ["--warmup", "1"], ["--gamma", "0.01"], "--gamma 0.005 there, 0.01 here")])
+    (train_trades, TODAY, ["--ema", "0.8"], "--ema 0.9 there, 0.8 here"),
+    (train_trades, ["--beta", "auto", "--reference", "narrow"], ["--width", "2"], "--width 1 there, 2 here"),
+    (train_at, TODAY, ["--beta", "2"], "--beta 1.0 there, 2.0 here"),
+    (train_awp, ["--warmup", "1"], ["--gamma", "0.01"], "--gamma 0.005 there, 0.01 here"),
+    (train_awp, [*TODAY, "--warmup", "1"], ["--val-size", "8"], "--val-size 16 there, 8 here")])
 def test_a_stopped_run_resumes_to_the_same_weights(tiny, extra, tmp_path, monkeypatch, script, flags, other,
                                                    message):
     monkeypatch.chdir(tmp_path)
@@ -124,6 +132,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, extra, tmp_path, monkey
         end_epoch(run, **values)
         raise KeyboardInterrupt
 
+    if "--reference" in flags:
+        script.main([*tiny, "--seed", "2", "--beta", "2", "--out", "narrow"])
     script.main([*tiny, *flags, "--out", "whole"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common.Run, "end_epoch", stop)
@@ -132,7 +142,12 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, extra, tmp_path, monkey
     script.main([*tiny, *flags])
     expected, resumed = (common.read_checkpoint(f"{folder}/last.pt") for folder in ("whole", "run"))
     assert resumed["epoch"] == expected["epoch"] == 2
-    assert all(value.equal(resumed["model"][key]) for key, value in expected["model"].items())
+    for state in ("model", "raw_model") if "--ema" in flags else ("model",):
+        assert all(value.equal(resumed[state][key]) for key, value in expected[state].items())
+    if "--ema" in flags:
+        assert not expected["model"]["fc.weight"].equal(expected["raw_model"]["fc.weight"])
+        assert expected["averaged_steps"] == 6  # 48 images, batches of 16, two epochs
+    assert common.read_log("whole/log.jsonl")[1]["beta"] == common.read_log("run/log.jsonl")[1]["beta"]
     with pytest.raises(UserError, match=message):
         script.main([*tiny, *flags, *other])
 
@@ -170,3 +185,40 @@ def test_synthetic_data_trade_natural_for_robust_accuracy(train_on_synthetic, be
     assert out.name.startswith(f"trades-synthetic-wrn10-1-beta{beta}-seed1")
     for name, (low, high) in zip(common.METRICS, (natural, robust, stability)):
         assert low <= metrics[name] <= high
+
+
+@pytest.mark.parametrize("loss_of", [train_trades.trades_loss, train_at.at_loss, train_awp.trades_loss])
+def test_label_smoothing_by_hand(loss_of):
+    torch.manual_seed(0)
+    model = common.build_model("wrn", 10, 1, 10).double()
+    x, y = torch.rand(4, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+    risk = loss_of(model, x, x, y, 1.0, 0.1)[1]
+    log_p = F.log_softmax(model(x), 1)
+    by_hand = -(0.9 * log_p[range(4), y] + 0.1 * log_p.mean(1)).mean()
+    assert risk.item() == pytest.approx(by_hand.item(), rel=1e-12)
+
+
+def test_lambda_follows_the_reference_and_wants_a_fitting_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_trades.main([*tiny, "--beta", "2", "--out", "narrow"])
+    auto = [*tiny, "--width", "2", "--beta", "auto"]
+    train_trades.main([*auto, "--reference", "narrow"])
+    log, reference = common.read_log("run/log.jsonl"), common.read_log("narrow/log.jsonl")
+    assert log[0]["beta"] == 2 and log[1]["beta"] == common.adjusted_beta(log[:1], reference)
+    auto[auto.index("--out") + 1] = "other"
+    for more, message in ((["--width", "2"], "--beta auto and --reference RUN go together"),
+                          (["--reference", "none"], "no run is there"),
+                          (["--reference", "narrow", "--epochs", "4"], "--epochs 2 there, 4 here"),
+                          (["--reference", "narrow", "--dataset", "cifar10"], "--dataset tiny there"),
+                          (["--reference", "narrow", "--beta", "3"], "go together")):
+        with pytest.raises(UserError, match=message):
+            train_trades.main([*auto, *more])
+    with pytest.raises(UserError, match="--method trades there, at here"):
+        train_at.main([*auto, "--reference", "narrow"])
+    with open("narrow/log.jsonl") as file:
+        first = file.readline()
+    for content, message in ((first, "unfinished: 1 of 2 epochs"), (first + "[]\n", "not what a run wrote"),
+                             (first.replace('"beta"', '"alpha"') * 2, "not what a run wrote")):
+        (tmp_path / "narrow" / "log.jsonl").write_text(content)
+        with pytest.raises(UserError, match=message):
+            train_trades.main([*auto, "--reference", "narrow"])
