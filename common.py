@@ -35,6 +35,10 @@ class UserError(Exception):
     """A mistake of the user's: `launch` prints it as one line and ends with exit status 2."""
 
 
+# Under torchrun each process has its share of every batch and evaluation; without it, all of them.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 # ------------------------------------------------------------------------------------------------------- data
 
 
@@ -198,10 +202,12 @@ def batches(x, y, batch_size, flip=True):
     """One epoch: x uint8 [N, 3, H, W] and y [N] in a fresh order, augmented, as (float32 in [0, 1], labels).
 
     All batches have the same size, so that compiled code sees one shape: what is left over after the last
-    full batch is dropped, other images each epoch. Nothing here waits for the device.
+    full batch is dropped, other images each epoch. Nothing here waits for the device. Under torchrun it is
+    this process's share of each batch.
     """
     order = torch.randperm(len(x), device=x.device)
     for index in order.split(batch_size)[:steps_per_epoch(len(x), batch_size)]:
+        index = index[RANK:len(index) // WORLD * WORLD:WORLD]  # as many in each process
         yield to_float(random_crop_flip(x[index], flip)), y[index]
 
 
@@ -276,7 +282,8 @@ def mixed_batches(data, x_extra, y_extra, batch_size, fraction, flip=True):
 
     for labelled, pseudo in zip(draw(len(data.x_train), batch_size - extra), draw(len(x_extra), extra)):
         x = torch.cat([data.x_train[labelled], x_extra[pseudo]])  # the order inside a batch has no effect
-        yield to_float(random_crop_flip(x, flip)), torch.cat([data.y_train[labelled], y_extra[pseudo]])
+        y = torch.cat([data.y_train[labelled], y_extra[pseudo]])
+        yield to_float(random_crop_flip(x[RANK::WORLD], flip)), y[RANK::WORLD]
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -545,11 +552,57 @@ def set_execution(model, device, precision, compile, images):
     return f"{precision}{measured}, channels_last, {how}"
 
 
+def connect(args, device):
+    """Join the processes that torchrun started, if it did; the device of this one."""
+    if WORLD == 1:
+        return device
+    for size in getattr(args, "batch_sizes", [getattr(args, "batch_size", WORLD)]):
+        if size % WORLD:
+            raise UserError(f"a batch of {size} images cannot be shared out among {WORLD} processes evenly")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def average_over_processes(tensors):
+    """Replace float tensors by their means over the processes of torchrun: one reduction for all of them."""
+    if WORLD > 1:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        parts = (flat / WORLD).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+
+
+def synchronize(model):
+    """Before a step: the gradients, and BatchNorm's running statistics, become their means over the processes.
+
+    In train mode BatchNorm normalizes with the images of its own process.
+    """
+    gradients = [parameter.grad for parameter in model.parameters()]
+    average_over_processes(gradients + [buffer for buffer in model.buffers() if buffer.is_floating_point()])
+
+
+def collected(parts):
+    """A tensor [N, ...] of each process's, joined in the order of the processes."""
+    if WORLD == 1:
+        return parts
+    everyone = [None] * WORLD
+    torch.distributed.all_gather_object(everyone, parts.cpu())
+    return torch.cat(everyone).to(parts.device)
+
+
 def prepare(model, args, device, images):
     """Load --init, `set_execution` and say what it picked; args.precision becomes that."""
+    images = images[RANK::WORLD]
     if args.init:
         load_weights(model, parameters_of(read_checkpoint(args.init)), args.init)
     say(set_execution(model, device, args.precision, args.compile, images))
+    if WORLD > 1:  # the first process decides
+        picked = [model.precision]
+        torch.distributed.broadcast_object_list(picked)
+        model.precision, = picked
     args.precision = model.precision
 
 
@@ -826,7 +879,7 @@ METRICS = ("natural_accuracy", "robust_accuracy", "perturbation_stability")
 
 
 def padded_batches(x, y, batch_size):
-    """(float images, labels, n) over all of x, y in order; the last batch is padded, n of its images count.
+    """(float images, labels, n) over x, y in order; the last batch is padded, n of its images count.
 
     In eval mode an image does not see its neighbours, so padding changes nothing, and compiled code sees one
     shape. A CPU, whose time goes with the number of images, is spared it if all are fewer than a batch.
@@ -894,7 +947,7 @@ def evaluate(model, stream, attack, seed=0):
         for name, values in ("label", y), ("natural", natural), ("adversarial", adversarial):
             points[name].append(values[:n])
         show(f"{attack.title()}: {sum(map(len, points['label'])):,} images")
-    points = {name: torch.cat(values) for name, values in points.items()}
+    points = {name: collected(torch.cat(values)) for name, values in points.items()}
     return {**three_metrics(*points.values()), "attack": asdict(attack)}, points
 
 
@@ -925,7 +978,12 @@ def local_lipschitzness(model, stream, attack, seed=0):
                         best = torch.maximum(best, ratio.nan_to_num(nan=0, posinf=0))
                         x_hat = project(x_hat + stride * gradient.sign(), images, radius, "linf")
             largest.append(best[:n])
-    return torch.cat(largest).mean().item()
+    return collected(torch.cat(largest)).mean().item()
+
+
+def shared_batches(x, y, args):
+    """`padded_batches` of this process's share of x, y, as large as in training."""
+    return padded_batches(x[RANK::WORLD], y[RANK::WORLD], args.batch_size // WORLD)
 
 
 def monitor(model, data, args, epoch):
@@ -937,7 +995,7 @@ def monitor(model, data, args, epoch):
         return dict.fromkeys(METRICS)
     some = data.test_subset(args.eval_size)
     x, y = (data.x_val, data.y_val) if args.val_size else (data.x_test[some], data.y_test[some])
-    metrics, _ = evaluate(model, padded_batches(x, y, args.batch_size), replace(MONITOR, eps=args.eps))
+    metrics, _ = evaluate(model, shared_batches(x, y, args), replace(MONITOR, eps=args.eps))
     return {**metrics, "monitored": "validation" if args.val_size else "test"}
 
 
@@ -946,9 +1004,8 @@ def report(model, data, args):
     some, attack = data.test_subset(args.test_size), replace(REPORT, eps=args.eps)
     x, y = data.x_test[some], data.y_test[some]
     say(f"testing on {len(x):,} images with {attack.title()}")
-    metrics, _ = evaluate(model, padded_batches(x, y, args.batch_size), attack)
-    stream = padded_batches(x[:1000], y[:1000], args.batch_size)
-    lipschitzness = local_lipschitzness(model, stream, attack)
+    metrics, _ = evaluate(model, shared_batches(x, y, args), attack)
+    lipschitzness = local_lipschitzness(model, shared_batches(x[:1000], y[:1000], args), attack)
     return {**metrics, "local_lipschitzness": lipschitzness, "precision": args.precision,
             "best_chosen_on": "validation" if args.val_size else "test"}
 
@@ -1051,7 +1108,7 @@ class Run:
         for name, scalar in scalars.items():
             self.recorded.setdefault(name, []).append(scalar.detach())
         self.steps += 1
-        self.seen += images
+        self.seen += images * WORLD
         self.now = time.perf_counter()
         if self.steps <= 2:  # code is compiled and memory taken in these: no measure of speed
             self.timed_from, self.untimed = self.now, self.seen
@@ -1076,15 +1133,18 @@ class Run:
                 first = (~history.isfinite()).nonzero()[0].item() + 1
                 raise UserError(f"{name.replace('_', ' ')} not finite at epoch {self.current}, step {first}; "
                                 f"{self._kept()}; a smaller --lr or --beta may help")
-            means[name] = history.mean().item()
+            mean = history.mean()
+            average_over_processes([mean])
+            means[name] = mean.item()
         with torch.no_grad():
             if not torch.stack(torch._foreach_norm(list(self.model.parameters()))).isfinite().all():
                 raise UserError(f"weights not finite after epoch {self.current}; {self._kept()}; "
                                 f"a smaller --lr or --beta may help")
         entry = {"epoch": self.current, **means, **values, "images_per_second": float(f"{self._rate():.4g}"),
                  "seconds": round(time.perf_counter() - self.began, 2)}
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        if RANK == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
         self.log.append(entry)
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         checkpoint = {"model": self.tested.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -1135,7 +1195,9 @@ LOCKED = {}  # folders (device, inode) that this process holds, and their open h
 
 
 def lock(folder):
-    """Keep other processes out of `folder` as long as this one lives; UserError if one is in there."""
+    """Keep other runs out of `folder` as long as this process lives; UserError if one is in there."""
+    if RANK:
+        return
     place = (folder.stat().st_dev, folder.stat().st_ino)
     if place in LOCKED:
         return
@@ -1184,7 +1246,12 @@ def duration(seconds):
 
 
 def write_file(path, content):
-    """Write bytes so that `path` holds its old content or all of the new, whatever happens meanwhile."""
+    """Write bytes so that `path` holds its old content or all of the new, whatever happens meanwhile.
+
+    Of the processes of torchrun the first one writes.
+    """
+    if RANK:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")  # what a kill leaves of it, the next write replaces
     try:
@@ -1269,7 +1336,7 @@ def launch(main):
 
 
 def on_terminal():
-    return sys.stdout is not None and sys.stdout.isatty()
+    return RANK == 0 and sys.stdout is not None and sys.stdout.isatty()
 
 
 def show(line):
@@ -1281,7 +1348,8 @@ def show(line):
 def say(line, file=None):
     """Print a line at once, over the progress line if one is showing."""
     show("")
-    print(line, file=file, flush=True)
+    if RANK == 0 or file:
+        print(line, file=file, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1338,6 +1406,7 @@ def experiment_parser(file, doc, **defaults):
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="auto: what a short measurement finds faster; kept for the run")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on CUDA only")
+    add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add("--accept-changed-code", action="store_true", help="go on with a run whose code was edited since")
     method = Path(file).stem.removeprefix("train_")
     code = {Path(path).name: fingerprint(path) for path in (file, __file__)}
@@ -1360,7 +1429,6 @@ def training_parser(file, doc, **defaults):
     add("--depth", type=integer(), default=34, help="layers, 6n + 4")
     add("--width", type=integer(), default=10, help="widening factor, or a DenseNet's growth rate")
     add("--activation", choices=ACTIVATIONS, default="relu", help="of every layer; the paper's is ReLU")
-    add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add("--epochs", type=integer(), default=100, help="passes over the training images")
     add("--batch-size", type=integer(), default=128, help="images a step")
     add("--lr", type=number(above=True), default=0.1, help="base learning rate of SGD with momentum 0.9")
@@ -1391,6 +1459,7 @@ def start(parser, argv):
     if device.type != "cuda":
         say(f"no CUDA device in use: training on the {device.type} ({torch.get_num_threads()} threads), "
             "which is slow for a large network; the speed and the time left follow")
+    device = connect(args, device)
     args.out = args.out or parser.default_out(args)
     settings = Path(args.out) / "args.json"
     if args.precision == "auto" and settings.exists():  # a resumed run keeps what was measured when it began

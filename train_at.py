@@ -59,6 +59,7 @@ def main(argv):
             loss, natural_risk, robust_regularization = at_loss(
                 model, x, x_adv, y, beta, args.label_smoothing)
             loss.backward()
+            common.synchronize(model)  # of torchrun's processes
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average.update()

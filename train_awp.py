@@ -51,6 +51,7 @@ def weight_perturbation(model, weights, x, x_adv, y, beta, gamma, label_smoothin
     found = [buffer.clone() for buffer in buffers]
     loss, _, _ = trades_loss(model, x, x_adv, y, beta, label_smoothing)
     gradients = torch.autograd.grad(loss, weights)
+    common.average_over_processes(gradients)
     with torch.no_grad():
         for dtype in {buffer.dtype for buffer in buffers}:  # fused only among tensors of one type
             of_type = [(buffer, saved) for buffer, saved in zip(buffers, found) if buffer.dtype == dtype]
@@ -94,6 +95,7 @@ def main(argv):
             loss, natural_risk, robust_regularization = trades_loss(
                 model, x, x_adv, y, beta, args.label_smoothing)
             loss.backward()
+            common.synchronize(model)  # of torchrun's processes
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if epoch > args.warmup:

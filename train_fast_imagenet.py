@@ -24,6 +24,7 @@ JPEG files are decoded by Pillow in --workers processes, at 1/2, 1/4 or 1/8 of t
 no more: no separate pass over the disk resizes them. Measured on 150 ImageNet images of short side 224 px:
 371, 191, 420 images per CPU second (AMD EPYC) in phases 1, 2, 3; phase 2 enlarges such images to 352 px.
 """
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import RandomResizedCrop
 
 import common
-from common import Attack, UserError, cross_entropy_to, integer, number, perturb_start, pgd, project, say
+from common import (RANK, WORLD, Attack, UserError, cross_entropy_to, integer, number, perturb_start, pgd,
+                    project, say)
 
 
 @dataclass
@@ -142,9 +144,10 @@ class Images(Dataset):
 
         `seed` is (seed, epoch) for training crops, None for the middle. The first n of a batch count. The
         last batch, and one with unreadable images, is filled up with repetitions: B is always the same, as
-        compiled code wants it.
+        compiled code wants it. Under torchrun it is this process's share of each batch.
         """
-        size, total = min(phase.batch_size, len(order)), 0
+        size, total = math.ceil(min(phase.batch_size, len(order)) / WORLD), 0
+        order = order[RANK::WORLD]
         items = [(phase, seed, order[i:i + size]) for i in range(0, len(order), size)]
         loader = DataLoader(self, batch_size=None, sampler=items, num_workers=self.args.workers,
                             pin_memory=self.device.type == "cuda",
@@ -244,8 +247,9 @@ def validate(model, images, phase, size, attack, single_step):
             yield x, y, n
 
     metrics, _ = common.evaluate(model, stream(), attack)
-    return {**metrics, "natural_top5_accuracy": torch.cat(top5_right).double().mean().item(),
-            "fgsm_accuracy": torch.cat(fgsm_right).double().mean().item()}
+    top5, single = (common.collected(torch.cat(right)) for right in (top5_right, fgsm_right))
+    return {**metrics, "natural_top5_accuracy": top5.double().mean().item(),
+            "fgsm_accuracy": single.double().mean().item()}
 
 
 def catastrophic_overfitting(log, metrics):
@@ -313,14 +317,8 @@ def main(argv):
     model = WideResNet50(args.width, len(train.classes))
     shape = phases[0].batch_size, 3, phases[0].crop, phases[0].crop
     example = torch.zeros(shape, dtype=torch.uint8, device=device)
-    how = common.set_execution(model, device, args.precision, args.compile, example)
-    say(f"{how}, {args.workers} workers")
-    args.precision = model.precision
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    undecayed = {p for module in norms for p in module.parameters()}
-    groups = [{"params": [p for p in model.parameters() if p not in undecayed], "weight_decay": 1e-4},
-              {"params": [p for p in model.parameters() if p in undecayed], "weight_decay": 0}]
-    optimizer = torch.optim.SGD(groups, lr=0, momentum=0.9, fused=True)  # each step sets the rate
+    common.prepare(model, args, device, example)
+    optimizer = common.sgd(model, args.lr, weight_decay=1e-4, decay_norms=False)  # each step sets the rate
     run = common.Run(args, model, optimizer, images=len(train))
 
     for epoch in run.epochs():
@@ -337,13 +335,14 @@ def main(argv):
             x_adv, lipschitz = fgsm(model, x, y, single_step)
             loss, parts = fast_at_loss(model, x, x_adv, y, args.beta)
             loss.backward()
+            common.synchronize(model)  # of torchrun's processes
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.record(len(x), **parts, lipschitz=lipschitz.mean())
         metrics = validate(model, val, phase, args.eval_size, monitor, single_step)
         warning = catastrophic_overfitting(run.log, metrics)
-        run.end_epoch(lr=lr, beta=args.beta, **metrics, warning=warning,
-                      skipped_images=len(train.unreadable) + len(val.unreadable))
+        skipped = common.collected(torch.tensor([len(train.unreadable) + len(val.unreadable)])).sum().item()
+        run.end_epoch(lr=lr, beta=args.beta, **metrics, warning=warning, skipped_images=skipped)
         if warning:
             say(warning)
 

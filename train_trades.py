@@ -92,6 +92,7 @@ def main(argv):
             loss, natural_risk, robust_regularization = trades_loss(
                 model, x, x_adv, y, beta, args.label_smoothing)
             loss.backward()
+            common.synchronize(model)  # of torchrun's processes
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average.update()

@@ -579,8 +579,7 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(tiny, 
     assert killed.returncode == -signal.SIGKILL and lines_of(cut / "log.jsonl") in (2, 3)
     with open(cut / "log.jsonl", "a") as file:
         file.write('{"epoch": 3, "lr"')  # as a kill in the middle of a write leaves it
-    train_trades.main(tiny)
-    train_trades.main([*tiny, "--out", str(whole)])
+    assert run(*tiny).returncode == run(*tiny, "--out", whole).returncode == 0
     assert_same_runs(whole, cut)
     assert lines_of(cut / "log.jsonl") == 4 and common.read_json(cut / "metrics.json")["last"]["n"] == 21
 

@@ -2,7 +2,12 @@
 
 (Reading extra data, bookkeeping, resuming and errors: test_common.py.)
 """
+import os
 import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,3 +227,104 @@ def test_lambda_follows_the_reference_and_wants_a_fitting_one(tiny, tmp_path, mo
         (tmp_path / "narrow" / "log.jsonl").write_text(content)
         with pytest.raises(UserError, match=message):
             train_trades.main([*auto, "--reference", "narrow"])
+
+
+# -------------------------------------------------------------------------------------------------- torchrun
+
+WORKER = """
+import copy, sys
+sys.path.insert(0, {root!r})
+import torch
+import common, train_awp
+from common import RANK, WORLD
+
+common.connect(None, torch.device("cpu"))
+torch.manual_seed(0)
+data_x = torch.arange(3 * 8 * 8 * 40, dtype=torch.uint8).view(40, 3, 8, 8) * 37
+data_y = torch.arange(40) % 10
+
+# the images of an epoch are those of one process, and each process has its own half of every batch
+def epoch():
+    torch.manual_seed(5)
+    return [y for _, y in common.batches(data_x, data_y, 12)]
+mine = epoch()
+everyone = [common.collected(y) for y in mine]
+rank, common.RANK, common.WORLD = RANK, 0, 1
+alone = epoch()
+common.RANK, common.WORLD = rank, WORLD
+assert len(mine) == len(alone) == 3 and all(len(y) == 6 for y in mine)
+assert all(sorted(a.tolist()) == sorted(b.tolist()) for a, b in zip(everyone, alone))
+
+# gradients, running statistics and AWP's perturbation: means over the processes
+model = common.build_model("wrn", 10, 1, 10).double()
+x, y = torch.rand(12, 3, 8, 8, dtype=torch.float64), torch.randint(0, 10, (12,))
+x_adv = (x + 0.03 * torch.randn_like(x)).clamp(0, 1)
+
+def gradients(share):
+    twin = copy.deepcopy(model)
+    train_awp.trades_loss(twin, x[share], x_adv[share], y[share], 6.0)[0].backward()
+    return twin
+halves = [gradients(slice(rank, None, 2)) for rank in range(2)]
+together = gradients(slice(RANK, None, 2))
+common.synchronize(together)
+for mean, a, b in zip(together.parameters(), *(half.parameters() for half in halves)):
+    assert torch.allclose(mean.grad, (a.grad + b.grad) / 2, rtol=0, atol=1e-12)
+assert torch.allclose(together.bn1.running_var, sum(half.bn1.running_var for half in halves) / 2, atol=1e-14)
+share = slice(RANK, None, 2)
+weights = [p for p in model.parameters() if p.ndim > 1]
+moves = train_awp.weight_perturbation(model, weights, x[share], x_adv[share], y[share], 6.0, 0.005)
+grads = [[p.grad for p in half.parameters() if p.ndim > 1] for half in halves]
+for w, move, a, b in zip(weights, moves, *grads):
+    g = (a + b) / 2
+    assert torch.allclose(move, 0.005 * w.norm() * g / g.norm(), atol=1e-12)
+    assert torch.equal(move[None], common.collected(move[None])[:1]), "not the same in both"
+
+# every test image counts once
+model = model.float()
+model.precision = "fp32"
+def tested(x, y):
+    stream = common.padded_batches(x[common.RANK::common.WORLD], y[common.RANK::common.WORLD], 4)
+    return common.evaluate(model, stream, common.Attack(steps=2, start="none"))[0]
+two = tested(data_x[:9], data_y[:9])
+common.RANK, common.WORLD = 0, 1
+assert tested(data_x[:9], data_y[:9]) == two and two["n"] == 9, two
+print("process", RANK, "agrees", flush=True)
+"""
+
+
+def torchrun(folder, *command):
+    """Two processes, started; their output is the caller's to read."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen([*launcher, *map(str, command)], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER.format(root=str(Path(common.__file__).parent)))
+    output, errors = torchrun(tmp_path, "worker.py").communicate(timeout=300)
+    assert "process 0 agrees" in output and "process 1 agrees" in output, errors[-2000:]
+
+
+def test_a_shared_run_is_one_run_and_resumes(tiny, tmp_path):
+    command = [Path(common.__file__).parent / "train_trades.py", *tiny, "--out"]
+    whole, stopped = (torchrun(tmp_path, *command, folder) for folder in ("whole", "stopped"))
+    for line in stopped.stdout:
+        if line.startswith("epoch 1/2"):  # kill one of the two: torchrun ends the other
+            workers = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
+            os.kill(int(workers[-1]), signal.SIGKILL)
+    assert stopped.wait() != 0
+    output, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors[-2000:]
+    assert output.count("epoch 2/2") == 1  # one process speaks
+    assert [line["n"] for line in common.read_log(tmp_path / "whole" / "log.jsonl")] == [8, 8]
+    output, errors = torchrun(tmp_path, *command, "stopped").communicate(timeout=300)
+    assert "epoch 1/2" not in output and "epoch 2/2" in output, errors[-2000:]
+    one, other = (common.read_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_batch_is_shared_out_evenly(tiny, monkeypatch):
+    monkeypatch.setattr(common, "WORLD", 2)
+    with pytest.raises(UserError, match="a batch of 33 images cannot be shared out among 2 processes"):
+        train_trades.main([*tiny, "--batch-size", "33"])
