@@ -576,7 +576,7 @@ def average_over_processes(tensors):
 
 
 def synchronize(model):
-    """Before a step: the gradients, and BatchNorm's running statistics, become their means over the processes.
+    """Before a step: gradients and BatchNorm's running statistics become their means over the processes.
 
     In train mode BatchNorm normalizes with the images of its own process.
     """

@@ -3,22 +3,27 @@
     python eval.py runs/*                                          # PGD-20, each run's best.pt and own ε
     python eval.py model.pt --attack pgd cw autoattack --json results.json   # a published one, on CIFAR-10
     python eval.py runs/* results.json --attack none --plot figures          # figures, no new attacks
+    python eval.py robustbench:Pang2020Boosting robustbench:Hendrycks2019Using robustbench:Carmon2019Unlabeled
 
-A PATH is a run folder, a checkpoint of ours or a published one, or a file that --json wrote before, whose
-rows join the tables and figures. The attack's ε, the network and the data set are those of the checkpoint's
-settings. A published checkpoint has none: its network is read off the parameters, its data set is CIFAR-10.
-Every attack but AutoAttack counts its last iterate x̂, the worst case over --restarts.
+A PATH is a run folder, a checkpoint of ours or a published one, robustbench:NAME for any entry of
+RobustBench's CIFAR-10 and CIFAR-100 zoos, or a file that --json wrote before, whose rows join the tables and
+figures. The attack's ε, the network and the data set are those of the checkpoint's settings or of the zoo. A
+published checkpoint has none: its network is read off the parameters, its data set is CIFAR-10. Every attack
+but AutoAttack counts its last iterate x̂, the worst case over --restarts. (The last command has those of Fig.
+6 that the paper's text names: HE, Pretrain and RST.)
 
 natural accuracy P[f(x)=y]; robust accuracy P[f(x̂)=y]; stability P[f(x̂)=f(x)]; label-free stability: the
 same with misclassified images attacked away from f(x), as an attack away from y has nothing to gain there.
 ± is half a 95 % interval (Wilson). Local Lipschitzness is over the ℓ∞ ball, whatever norm an attack has.
 """
+import contextlib
 import importlib
 import io
 import math
 import re
 import sys
 import time
+import warnings
 from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import cycle
@@ -32,13 +37,15 @@ from common import Attack, UserError, say
 
 METRICS = dict(zip(common.METRICS, ("natural", "robust", "stability")), label_free_stability="label-free")
 EPS, STEP_SIZE = {"linf": 0.031, "l2": 0.5}, {"linf": 0.003, "l2": 0.05}  # 20 steps can cross the ball
+ZOO, THREATS = "robustbench:", {"linf": "Linf", "l2": "L2"}
 AUTOATTACK = "pyautoattack"  # on PyPI, by AutoAttack's authors
 
 
 def arguments(argv):
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH", help="run folder, checkpoint, or a file that --json wrote")
+    add("paths", nargs="*", metavar="PATH",
+        help="run folder, checkpoint, robustbench:NAME, or a file that --json wrote")
     add("--checkpoint", choices=("best", "last"), default="best", help="which one of a run folder to read")
     add("--attack", nargs="+", choices=("pgd", "cw", "fgsm", "autoattack", "none"), default=["pgd"],
         help="pgd: on cross-entropy; cw: PGD on the margin; fgsm: one step of ε; none: evaluate nothing")
@@ -46,7 +53,8 @@ def arguments(argv):
     add("--step-size", type=common.number(), help="attack step; by default 0.003 (linf) or 0.05 (l2)")
     add("--eps", type=common.number(),
         help="radius, in pixel range [0, 1]; 8/255 works; by default what training had, or 0.031; 0.5 (l2)")
-    add("--norm", choices=("linf", "l2"), default="linf", help="norm of the ball that an attack stays in")
+    add("--norm", choices=("linf", "l2"),
+        help="norm of the ball that an attack stays in; by default linf, or the zoo's for robustbench:NAME")
     add("--start", choices=("uniform", "gaussian", "none"),
         help="where an attack starts; by default uniform, for fgsm none")
     add("--restarts", type=common.integer(), default=1,
@@ -87,6 +95,8 @@ def arguments(argv):
 
 def locate(path, preferred):
     """(file, "best", "last" or None) to read for a PATH; a folder without best.pt has its last.pt read."""
+    if str(path).startswith(ZOO):
+        return path, None
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if not path.is_dir():
@@ -108,6 +118,36 @@ def guess_network(state, file):
     except (KeyError, TypeError):  # other names, or no tensors
         raise UserError(f"{file} holds no WideResNet or DenseNet-BC with the parameter names of the TRADES "
                         "release (conv1, block1.layer.0.bn1, ...)") from None
+
+
+def load_zoo(name, args, device):
+    """As `load`, of an entry of RobustBench's model zoo, whatever its architecture, or UserError.
+
+    Its own package makes the network, in float32, and downloads the weights unless they lie in its folder
+    `models`.
+    """
+    wanted = f"{ZOO}{name}", 'robustbench pyautoattack "setuptools<80"'
+    places = []
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.modules.setdefault("autoattack", optional(AUTOATTACK, *wanted))  # the name that it imports
+        for dataset, threats in optional("robustbench.model_zoo", *wanted).model_dicts.items():
+            for threat, entries in threats.items():
+                norm = threat.value.lower()
+                asked_for = args.dataset in (None, dataset.value) and args.norm in (None, norm)
+                if name in entries and asked_for and norm in EPS and dataset.value in ("cifar10", "cifar100"):
+                    places.append((dataset.value, norm))
+        if not places:
+            raise UserError(f"{ZOO}{name}: RobustBench has no such network for CIFAR-10 or CIFAR-100")
+        dataset, norm = places[0]
+        try:
+            model = importlib.import_module("robustbench.utils").load_model(
+                name, dataset=dataset, threat_model=THREATS[norm])
+        except Exception as error:  # downloads and foreign checkpoints fail in many ways
+            raise UserError(f"{ZOO}{name} cannot be loaded by RobustBench: {error}") from None
+    data = load_data(dataset, args.data_dir or "data", device)
+    common.set_execution(model, device, "fp32", args.compile, data.x_test[:args.batch_size])
+    return model, data, {}, {"dataset": dataset, "norm": norm}
 
 
 def load(file, args, device):
@@ -157,12 +197,12 @@ load_data = lru_cache(maxsize=1)(common.load_data)  # runs to compare mostly sha
 # ---------------------------------------------------------------------------------------------------- metrics
 
 
-def attack_records(args, eps):
-    """The records of --attack, with this ε."""
+def attack_records(args, norm, eps):
+    """The records of --attack, with this norm and ε."""
     def record(loss, steps, step_size, start):
-        return Attack(loss, args.norm, eps, step_size, steps, start, 1 if start == "none" else args.restarts)
+        return Attack(loss, norm, eps, step_size, steps, start, 1 if start == "none" else args.restarts)
 
-    step_size = STEP_SIZE[args.norm] if args.step_size is None else args.step_size
+    step_size = STEP_SIZE[norm] if args.step_size is None else args.step_size
     start = args.start or "uniform"
     records = {"pgd": record("cross-entropy", args.steps, step_size, start),
                "cw": record("margin", args.steps, step_size, start),
@@ -208,7 +248,7 @@ def autoattack(model, x, labels, attack, batch_size, seed):
     compiled, model._compiled_call_impl = model._compiled_call_impl, None  # batches shrink: always new shapes
     with common.fixed_seed(seed, x.device), common.attack_mode(model), common.exact_precision(model):
         package = optional(AUTOATTACK, "--attack autoattack").AutoAttack(
-            model, norm={"linf": "Linf", "l2": "L2"}[attack.norm], eps=attack.eps, seed=seed, device=x.device)
+            model, norm=THREATS[attack.norm], eps=attack.eps, seed=seed, device=x.device)
         package.apgd_targeted.n_target_classes = package.fab.n_target_classes = min(9, classes - 1)
         model.to(memory_format=torch.contiguous_format)  # channels_last forbids its views of gradients
         images = common.to_float(x).contiguous()
@@ -218,11 +258,11 @@ def autoattack(model, x, labels, attack, batch_size, seed):
     return logits.argmax(1), adversarial
 
 
-def optional(package, purpose):
+def optional(package, purpose, install=None):
     try:
         return importlib.import_module(package)
-    except ImportError:
-        raise UserError(f"{purpose} needs the package {package}: pip install {package}") from None
+    except ImportError as error:
+        raise UserError(f"{purpose} needs a package ({error}): pip install {install or package}") from None
 
 
 def wilson(p, n, z=1.959964):
@@ -240,21 +280,24 @@ def evaluate_all(args, results, points):
         if file.suffix == ".json":
             results.extend(earlier_results(file))
             continue
-        model, data, settings, facts = load(file, args, device)
-        own = settings.get("eps")  # the training scripts attack in ℓ∞
+        zoo = path.startswith(ZOO)
+        model, data, settings, facts = (load_zoo(path.removeprefix(ZOO), args, device) if zoo else
+                                        load(file, args, device))
+        norm = args.norm or facts.pop("norm", "linf")
+        own = 8 / 255 if zoo else settings.get("eps")  # the training scripts attack in ℓ∞
         usual = EPS if own is None else {**EPS, "linf": own}
-        eps = usual[args.norm] if args.eps is None else args.eps
-        if own is not None and args.norm == "linf" and abs(eps - own) > 1e-9:
+        eps = usual[norm] if args.eps is None else args.eps
+        if own is not None and norm == "linf" and abs(eps - own) > 1e-9:
             say(f"warning: {file} was trained with ε = {own:.9g}, --eps attacks with {eps:.9g}", sys.stderr)
         index = data.test_subset(args.eval_size)
         x, y = data.x_test[index], data.y_test[index]
         lipschitz = {}
         if args.lipschitz_size:
             some = common.padded_batches(x[:args.lipschitz_size], y[:args.lipschitz_size], args.batch_size)
-            ball = replace(common.REPORT, eps=eps if args.norm == "linf" else usual["linf"])
+            ball = replace(common.REPORT, eps=eps if norm == "linf" else usual["linf"])
             lipschitz = {"local_lipschitzness": common.local_lipschitzness(model, some, ball),
                          "lipschitz_n": min(args.lipschitz_size, len(x))}
-        for attack in attack_records(args, eps):
+        for attack in attack_records(args, norm, eps):
             began = time.perf_counter()
             metrics, outcome = evaluate(model, x, y, attack, args.batch_size, args.seed)
             precision = "fp32" if attack.loss == "autoattack" else model.precision

@@ -1,8 +1,11 @@
 """eval.py: what it counts, what it loads, what it writes, and how it ends."""
+import enum
 import json
 import logging
+import shutil
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 import common
 import eval as evaluation
 import train_trades
-from common import Attack
+from common import Attack, UserError
 
 
 @pytest.fixture(scope="module")
@@ -366,3 +369,51 @@ def test_a_missing_optional_package_is_named(folder, monkeypatch, package, flags
     monkeypatch.setitem(sys.modules, package, None)  # importing it fails
     with pytest.raises(common.UserError, match=f"pip install {package}"):
         evaluation.main([str(folder / "run"), *flags])
+
+
+@pytest.fixture
+def zoo(folder, monkeypatch):
+    """RobustBench's package, as far as eval.py knows it, with two networks that are none of ours."""
+    def network(bias):
+        torch.manual_seed(0)
+        layers = torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(72, 10)
+        layers[3].bias.data[bias] += 0.1
+        return torch.nn.Sequential(*layers).eval()
+
+    def load_model(name, dataset, threat_model):
+        print("Download started")  # nobody asked
+        return {("Odd2020", "cifar10", "Linf"): network(1), ("Odd2020", "cifar10", "L2"): network(2)}[
+            name, dataset, threat_model]
+
+    threats = {threat: {"Odd2020": {}} for threat in enum.Enum("Threat", {name: name for name in ("Linf", "L2", "corruptions")})}
+    everything = {dataset: threats for dataset in enum.Enum("Dataset", {name: name for name in ("imagenet", "cifar10")})}
+    modules = {"pyautoattack": SimpleNamespace(), "robustbench": SimpleNamespace(),
+               "robustbench.model_zoo": SimpleNamespace(model_dicts=everything),
+               "robustbench.utils": SimpleNamespace(load_model=load_model)}
+    for name, module in {**modules, "autoattack": None}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "autoattack")
+    shutil.copy(folder / "toy.npz", folder / "cifar10.npz")
+    return network
+
+
+@pytest.mark.parametrize("flags, bias, norm, eps", [
+    ([], 1, "linf", 8 / 255), (["--norm", "l2"], 2, "l2", 0.5)])
+def test_networks_of_robustbench_are_attacked_as_they_are(folder, zoo, capsys, flags, bias, norm, eps):
+    evaluation.main(["robustbench:Odd2020", *flags, "--data-dir", str(folder), "--device", "cpu", "--steps",
+                     "2", "--json", str(folder / "zoo.json"), "--save-points", str(folder / "zoo.npz")])
+    row, points = common.read_json(folder / "zoo.json")[0], np.load(folder / "zoo.npz")
+    assert row["attack"]["norm"] == norm and row["attack"]["eps"] == eps
+    x = common.to_float(common.load_data("toy", folder, "cpu").x_test)
+    assert (points["natural_0"] == zoo(bias)(x).argmax(1).numpy()).all()
+    assert "Download" not in capsys.readouterr().out
+    for wrong in ("robustbench:Even2020", "robustbench:Odd2020 --dataset cifar100"):
+        with pytest.raises(UserError, match="RobustBench has no such network"):
+            evaluation.main([*wrong.split(), "--data-dir", str(folder)])
+
+
+def test_without_robustbench_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "robustbench.model_zoo", None)
+    monkeypatch.setitem(sys.modules, "pyautoattack", SimpleNamespace())
+    with pytest.raises(UserError, match='pip install robustbench pyautoattack "setuptools<80"'):
+        evaluation.main(["robustbench:Carmon2019Unlabeled"])

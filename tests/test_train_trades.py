@@ -320,7 +320,8 @@ def test_a_shared_run_is_one_run_and_resumes(tiny, tmp_path):
     assert [line["n"] for line in common.read_log(tmp_path / "whole" / "log.jsonl")] == [8, 8]
     output, errors = torchrun(tmp_path, *command, "stopped").communicate(timeout=300)
     assert "epoch 1/2" not in output and "epoch 2/2" in output, errors[-2000:]
-    one, other = (common.read_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "stopped"))
+    one, other = (common.read_checkpoint(tmp_path / name / "last.pt")["model"]
+                  for name in ("whole", "stopped"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
