@@ -29,10 +29,9 @@ from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
 
+import common  # before PyTorch: it says how threads wait
 import numpy as np
 import torch
-
-import common
 from common import Attack, UserError, say
 
 METRICS = dict(zip(common.METRICS, ("natural", "robust", "stability")), label_free_stability="label-free")

@@ -27,10 +27,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # before PyTorch: it says how threads wait
 import torch
 import torch.nn.functional as F
-
-import common
 from common import UserError, integer, number, say
 
 REGIMES = ("lemma", "d=m", "fan-in")

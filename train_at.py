@@ -14,9 +14,8 @@ L(x̂), except on images whose loss the attack did not raise. What else differs 
 0.001·N(0, 1) away from x, not anywhere in the ε-ball, and clean images pass too, so that BatchNorm's running
 statistics are of both kinds.
 """
+import common  # before PyTorch: it says how threads wait
 import torch.nn.functional as F
-
-import common
 from common import Attack, cross_entropy_to, pgd
 
 

@@ -29,6 +29,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import common  # before PyTorch: it says how threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import RandomResizedCrop
-
-import common
 from common import (RANK, WORLD, Attack, UserError, cross_entropy_to, integer, number, perturb_start, pgd,
                     project, say)
 

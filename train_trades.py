@@ -36,9 +36,8 @@ Loss: cross-entropy + β·KL(f(x) ‖ f(x̂)), x̂ from 10 steps of PGD on the s
 With extra data an epoch is a pass over as many images, labelled and extra together, as the labelled set has
 (50,000, as in the RST release): at --extra-fraction 0.5 half of the labelled and as many extra ones.
 """
+import common  # before PyTorch: it says how threads wait
 import torch.nn.functional as F
-
-import common
 from common import Attack, UserError, clean_probabilities, kl_to, number, pgd
 
 

@@ -7,10 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-# Before PyTorch is imported; processes that a test starts inherit both. One thread unless told otherwise:
-# threads wait for one another by spinning, and on busy cores that slows tiny tensors many times over.
+# Before PyTorch is imported; processes that a test starts inherit these. One thread unless told otherwise:
+# with tiny tensors more of them cost time, the more so on busy cores.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
