@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import sys
@@ -1016,7 +1017,7 @@ def report(model, data, args):
 def describe(metrics):
     """The three metrics in words, in percent; nothing for an epoch that was not monitored."""
     names = zip(("natural", "robust", "stability"), METRICS)
-    return "  ".join(f"{name} {100 * metrics[key]:.2f} %" for name, key in names if metrics[key] is not None)
+    return "  ".join(f"{name} {100 * metrics[key]:.2f} %" for name, key in names if metrics.get(key) is not None)
 
 
 # ------------------------------------------------------------------------------------------------- run folder
@@ -1300,16 +1301,31 @@ def read_checkpoint(path):
 
 
 def _what_is_wrong(path, error):
-    with open(path, "rb") as file:
-        start = file.read(200).lstrip()
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    content = Path(path).read_bytes()
+    start, named = content[:200].lstrip(), re.search(r"GLOBAL ([\w.]+)", str(error))
+    wants = named[1] if named else _first_import(content)
     if start[:1] == b"<":
         return "it is a web page; download the file itself"
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; `git lfs pull` fetches the file itself"
-    if named:
-        return f"it is a pickle that asks for {named[1]}, which could run code; save its state_dict alone"
+    if wants:
+        return f"it is a pickle that asks for {wants}, which could run code; save its state_dict alone"
     return "it is empty" if not start else "it is cut short, or another kind of file"
+
+
+def _first_import(content):
+    """What a bare pickle asks for first, found without unpickling; None if it is no pickle."""
+    words = []
+    try:
+        for operation, argument, _ in pickletools.genops(content):
+            if operation.name == "GLOBAL":
+                return argument.replace(" ", ".")
+            if operation.name == "STACK_GLOBAL":
+                return ".".join(words[-2:])
+            if isinstance(argument, str):
+                words.append(argument)
+    except ValueError:
+        return None
 
 
 # ----------------------------------------------------------------------------------------------- command line

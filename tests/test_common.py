@@ -821,6 +821,7 @@ NO_CHECKPOINTS = {
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a Git LFS pointer"),
     "text": (b"some text", "it is cut short, or another kind of file"),
     "pickle": (pickle.dumps(HARM, 2), "asks for posix.system, which could run code"),
+    "newer pickle": (pickle.dumps(HARM, 5), "asks for posix.system, which could run code"),
     "saved": (HARM, "asks for posix.system, which could run code"),
     "module": (linear(4, 2), "asks for torch.nn.modules.container.Sequential, which could run code"),
 }
