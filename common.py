@@ -40,7 +40,8 @@ class UserError(Exception):
 
 
 # Under torchrun each process has its share of every batch and evaluation; without it, all of them.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*name)) for name in
+                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -133,11 +134,15 @@ def _torchvision_cifar(name, data_dir, npz):
     from torchvision import datasets
 
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    if LOCAL_RANK:  # one process of a machine downloads, the others wait for it
+        collected(None)
     try:
         splits = [dataset(str(data_dir), train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, no space, a broken archive: urllib, OSError or RuntimeError
         raise UserError(f"no {npz} or {Path(data_dir) / dataset.base_folder}, and the download failed "
                         f"({error}); put the data there, or try --dataset synthetic") from None
+    if WORLD > 1 and not LOCAL_RANK:
+        collected(None)
     return {f"{letter}_{split}": array for split, part in zip(("train", "test"), splits)
             for letter, array in (("x", part.data), ("y", np.array(part.targets)))}
 
@@ -197,9 +202,9 @@ def crop_flip(images, top, left, flip, padding=4):
 
 def random_crop_flip(images, flip=True, padding=4):
     """Random crop (zero padding) and, with `flip`, mirroring, drawn for each image, on the images' device."""
-    n, device = len(images), images.device
-    top, left = torch.randint(0, 2 * padding + 1, (2, n), device=device)
-    return crop_flip(images, top, left, torch.rand(n, device=device) < 0.5 * flip, padding)
+    n, device = WORLD * len(images), images.device  # drawn for all processes, used for this one
+    top, left = torch.randint(0, 2 * padding + 1, (2, n), device=device)[:, RANK::WORLD]
+    return crop_flip(images, top, left, torch.rand(n, device=device)[RANK::WORLD] < 0.5 * flip, padding)
 
 
 def batches(x, y, batch_size, flip=True):
@@ -519,6 +524,8 @@ def pick_device(name):
     """"auto" → CUDA if there is one, else the CPU; UserError if the device asked for is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -538,10 +545,9 @@ def set_execution(model, device, precision, compile, images):
     model.to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0
-        if hasattr(torch.backends.cudnn, "conv"):  # convolutions use TF32 by default, matrix products do not
-            torch.backends.cudnn.conv.fp32_precision = "ieee"
-        else:  # before PyTorch 2.9
-            torch.backends.cudnn.allow_tf32 = False
+        with warnings.catch_warnings():  # of PyTorch 2.11 about the name; a newer one mixes badly with others
+            warnings.simplefilter("ignore")
+            torch.backends.cudnn.allow_tf32 = False  # matrix products are without it anyway
     measured = ""
     if precision == "auto":
         seconds = measure_precisions(model, images)
@@ -557,17 +563,19 @@ def set_execution(model, device, precision, compile, images):
 
 
 def connect(args, device):
-    """Join the processes that torchrun started, if it did; the device of this one."""
+    """Join the processes that torchrun started, if it did; UserError if the work cannot be shared out."""
     if WORLD == 1:
-        return device
+        return
     for size in getattr(args, "batch_sizes", [getattr(args, "batch_size", WORLD)]):
         if size % WORLD:
             raise UserError(f"a batch of {size} images cannot be shared out among {WORLD} processes evenly")
+    for name in ("eval_size", "test_size", "val_size"):
+        if 0 < (getattr(args, name, None) or WORLD) < WORLD:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {WORLD}, the number of processes")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                         timeout=datetime.timedelta(hours=2))
 
 
 def average_over_processes(tensors):
@@ -585,29 +593,29 @@ def synchronize(model):
     In train mode BatchNorm normalizes with the images of its own process.
     """
     gradients = [parameter.grad for parameter in model.parameters()]
-    average_over_processes(gradients + [buffer for buffer in model.buffers() if buffer.is_floating_point()])
+    average_over_processes(gradients + [part for name, part in model.named_buffers() if ".running_" in name])
 
 
-def collected(parts):
-    """A tensor [N, ...] of each process's, joined in the order of the processes."""
-    if WORLD == 1:
-        return parts
-    everyone = [None] * WORLD
-    torch.distributed.all_gather_object(everyone, parts.cpu())
-    return torch.cat(everyone).to(parts.device)
+def collected(value):
+    """The values that the processes have, in their order."""
+    everyone = [value] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(everyone, value)
+    return everyone
+
+
+def joined(part):
+    """A tensor [N, ...] of each process's, one after the other."""
+    return torch.cat(collected(part.cpu())).to(part.device) if WORLD > 1 else part
 
 
 def prepare(model, args, device, images):
     """Load --init, `set_execution` and say what it picked; args.precision becomes that."""
     images = images[RANK::WORLD]
-    if args.init:
+    if args.init and not (Path(args.out) / "last.pt").exists():
         load_weights(model, parameters_of(read_checkpoint(args.init)), args.init)
     say(set_execution(model, device, args.precision, args.compile, images))
-    if WORLD > 1:  # the first process decides
-        picked = [model.precision]
-        torch.distributed.broadcast_object_list(picked)
-        model.precision, = picked
-    args.precision = model.precision
+    args.precision = model.precision = collected(model.precision)[0]  # the first process decides
 
 
 def measure_precisions(model, images, budget=0.2):
@@ -809,6 +817,8 @@ def adjusted_beta(log, reference):
     def ratio(line):
         return line[RISKS[0]] / line[RISKS[1]]
 
+    if min(log[-1][name] for name in RISKS) <= 0:  # no ratio to adjust by
+        return log[-1]["beta"]
     wanted = log[-1]["beta"] * math.sqrt(ratio(reference[len(log) - 1]) / ratio(log[-1]))
     return min(max(wanted, smallest), 10 * smallest)
 
@@ -951,7 +961,7 @@ def evaluate(model, stream, attack, seed=0):
         for name, values in ("label", y), ("natural", natural), ("adversarial", adversarial):
             points[name].append(values[:n])
         show(f"{attack.title()}: {sum(map(len, points['label'])):,} images")
-    points = {name: collected(torch.cat(values)) for name, values in points.items()}
+    points = {name: joined(torch.cat(values)) for name, values in points.items()}
     return {**three_metrics(*points.values()), "attack": asdict(attack)}, points
 
 
@@ -982,7 +992,7 @@ def local_lipschitzness(model, stream, attack, seed=0):
                         best = torch.maximum(best, ratio.nan_to_num(nan=0, posinf=0))
                         x_hat = project(x_hat + stride * gradient.sign(), images, radius, "linf")
             largest.append(best[:n])
-    return collected(torch.cat(largest)).mean().item()
+    return joined(torch.cat(largest)).mean().item()
 
 
 def shared_batches(x, y, args):
@@ -1017,7 +1027,8 @@ def report(model, data, args):
 def describe(metrics):
     """The three metrics in words, in percent; nothing for an epoch that was not monitored."""
     names = zip(("natural", "robust", "stability"), METRICS)
-    return "  ".join(f"{name} {100 * metrics[key]:.2f} %" for name, key in names if metrics.get(key) is not None)
+    found = [(name, metrics.get(key)) for name, key in names]
+    return "  ".join(f"{name} {100 * value:.2f} %" for name, value in found if value is not None)
 
 
 # ------------------------------------------------------------------------------------------------- run folder
@@ -1061,18 +1072,23 @@ class Run:
         else:  # no epoch was finished here: nothing to lose
             write_file(self.folder / "log.jsonl", b"")
         write_json(self.folder / "args.json", self.settings)
+        if {*collected(self.epoch)} != {self.epoch} or not (self.folder / "args.json").exists():
+            raise UserError(f"{self.folder} must lie on a disk that all processes share")
         say(f"{self.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{self.epoch} of {args.epochs} epochs done")
 
     def _resume(self):
         before, now = read_json(self.folder / "args.json"), json.loads(json.dumps(self.settings))
         code, new_code = before.pop("code", {}), now.pop("code")
+        edited = [name for name in new_code if code.get(name) != new_code[name]]
+        keys = {*before, *now} - MAY_CHANGE
+        if edited:
+            keys &= {*before} & {*now}  # an option that came or went is part of the change
         changed = [f"--{key.replace('_', '-')} {before.get(key)} there, {now.get(key)} here"
-                   for key in sorted({*before, *now} - MAY_CHANGE) if before.get(key) != now.get(key)]
+                   for key in sorted(keys) if before.get(key) != now.get(key)]
         if changed:
             raise UserError(f"{self.folder} holds a run with other settings ({'; '.join(changed)}); "
                             f"choose another --out")
-        edited = [name for name in new_code if code.get(name) != new_code[name]]
         if edited and not self.args.accept_changed_code:
             raise UserError(f"{self.folder} holds a run of other code: {' and '.join(edited)} changed since; "
                             f"choose another --out, or --accept-changed-code to go on with it")
@@ -1144,7 +1160,9 @@ class Run:
             if not torch.stack(torch._foreach_norm(list(self.model.parameters()))).isfinite().all():
                 raise UserError(f"weights not finite after epoch {self.current}; {self._kept()}; "
                                 f"a smaller --lr or --beta may help")
-        entry = {"epoch": self.current, **means, **values, "images_per_second": float(f"{self._rate():.4g}"),
+        shared = {"processes": WORLD} if WORLD > 1 else {}  # BatchNorm normalizes with a part of each batch
+        entry = {"epoch": self.current, **means, **values, **shared,
+                 "images_per_second": float(f"{self._rate():.4g}"),
                  "seconds": round(time.perf_counter() - self.began, 2)}
         if RANK == 0:
             with open(self.folder / "log.jsonl", "a") as file:
@@ -1301,7 +1319,8 @@ def read_checkpoint(path):
 
 
 def _what_is_wrong(path, error):
-    content = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        content = file.read(2 ** 20)
     start, named = content[:200].lstrip(), re.search(r"GLOBAL ([\w.]+)", str(error))
     wants = named[1] if named else _first_import(content)
     if start[:1] == b"<":
@@ -1414,6 +1433,9 @@ def number_or_auto(text):
     return text if text == "auto" else number()(text)
 
 
+number_or_auto.__name__ = "number"  # as argparse names it
+
+
 def experiment_parser(file, doc, **defaults):
     """What every training script takes. `file`: the script's, after which the method is named."""
     parser = Parser(doc)
@@ -1478,7 +1500,7 @@ def start(parser, argv):
     if device.type != "cuda":
         say(f"no CUDA device in use: training on the {device.type} ({torch.get_num_threads()} threads), "
             "which is slow for a large network; the speed and the time left follow")
-    device = connect(args, device)
+    connect(args, device)
     args.out = args.out or parser.default_out(args)
     settings = Path(args.out) / "args.json"
     if args.precision == "auto" and settings.exists():  # a resumed run keeps what was measured when it began
@@ -1496,6 +1518,6 @@ def run_folder(parser, args):
     name = f"{args.method}-{args.dataset}-{network}-beta{beta}-seed{args.seed}"
     for key, value in vars(args).items():
         if key not in named and value != parser.get_default(key):
-            shown = f"{value:.4g}" if isinstance(value, float) else Path(str(value)).stem
+            shown = f"{value:.4g}" if isinstance(value, float) else "-".join(Path(str(value)).parts[-2:])
             name += f"-{key.replace('_', '')}{'' if value is True else shown}"
     return str(Path("runs") / name)

@@ -36,6 +36,8 @@ from common import Attack, UserError, say
 
 METRICS = dict(zip(common.METRICS, ("natural", "robust", "stability")), label_free_stability="label-free")
 EPS, STEP_SIZE = {"linf": 0.031, "l2": 0.5}, {"linf": 0.003, "l2": 0.05}  # 20 steps can cross the ball
+RECIPE = ("epochs", "schedule", "lr", "weight_decay", "batch_size", "train_size", "extra_data", "extra_fraction",
+          "val_size", "init", "nesterov", "no_norm_decay", "label_smoothing", "activation", "ema", "warmup", "gamma")
 ZOO, THREATS = "robustbench:", {"linf": "Linf", "l2": "L2"}
 AUTOATTACK = "pyautoattack"  # on PyPI, by AutoAttack's authors
 
@@ -185,7 +187,7 @@ def load(file, args, device):
         model.register_forward_pre_hook(lambda _, inputs: ((inputs[0] - mean) / std,))
     how = common.set_execution(model, device, args.precision, args.compile, data.x_test[:args.batch_size])
     say(f"{file}: {how}")
-    facts = {"dataset": dataset, **network, "method": settings.get("method"), "beta": settings.get("beta"),
+    facts = {"dataset": dataset, **network, "recipe": recipe(settings), "method": settings.get("method"), "beta": settings.get("beta"),
              "epoch": saved.get("epoch")}
     return model, data, settings, facts
 
@@ -456,13 +458,23 @@ def plot(args, results):
 
 def group(rows):
     """{part of a file name: rows} by what must agree for a comparison over width and λ to make sense."""
-    groups = {}
+    groups, names = {}, []
     for row in rows:
         parts = [str(row[key]) for key in ("method", "dataset", "arch", "depth", "chosen") if row.get(key)]
         if "eps" in row:  # a run's settings; results have it in their attack
             parts.append(f"eps{row['eps']:.4g}")
-        groups.setdefault("-".join(parts), []).append(row)
-    return groups
+        groups.setdefault(("-".join(parts), row.get("recipe", recipe(row))), []).append(row)
+    numbered = {}
+    for (name, _), members in groups.items():
+        names.append(name)
+        numbered[name if names.count(name) == 1 else f"{name}-{names.count(name)}"] = members
+    return numbered
+
+
+def recipe(settings):
+    """The settings that make another experiment of a run, but for those that figures compare, as text."""
+    found = {key: settings.get(key) for key in RECIPE}
+    return ", ".join(f"{key} {value}" for key, value in found.items() if value not in (None, False, 0, "relu"))
 
 
 def in_order(values):
@@ -572,6 +584,8 @@ def training_figure(figure, runs, betas, names):
 
 def main(argv):
     args = arguments(argv)
+    if common.WORLD > 1:
+        raise UserError("eval.py runs in one process, without torchrun")
     files = output_files(args)
     if "autoattack" in args.attack:  # what is missing shows at once
         optional(AUTOATTACK, "--attack autoattack")

@@ -148,7 +148,8 @@ class Images(Dataset):
         size, total = math.ceil(min(phase.batch_size, len(order)) / WORLD), 0
         order = order[RANK::WORLD]
         items = [(phase, seed, order[i:i + size]) for i in range(0, len(order), size)]
-        loader = DataLoader(self, batch_size=None, sampler=items, num_workers=self.args.workers,
+        loader = DataLoader(self, batch_size=None, sampler=items,
+                            num_workers=math.ceil(self.args.workers / WORLD),
                             pin_memory=self.device.type == "cuda",
                             generator=torch.Generator())  # its own: the attack's numbers do not depend on it
         for numbers, crops, unreadable in loader:
@@ -160,6 +161,8 @@ class Images(Dataset):
                 parts = common.padded(parts, size) if n < size else parts
                 x, y = (part.to(self.device, non_blocking=True) for part in parts)
                 yield common.to_float(x.permute(0, 3, 1, 2)), y, n
+            elif WORLD > 1:  # the other processes would wait for its gradients
+                raise UserError(f"{self.args.data_dir}: not one image of a process's share can be read")
         if not total:
             raise UserError(f"{self.args.data_dir}: not one of these images can be read")
 
@@ -246,7 +249,7 @@ def validate(model, images, phase, size, attack, single_step):
             yield x, y, n
 
     metrics, _ = common.evaluate(model, stream(), attack)
-    top5, single = (common.collected(torch.cat(right)) for right in (top5_right, fgsm_right))
+    top5, single = (common.joined(torch.cat(right)) for right in (top5_right, fgsm_right))
     return {**metrics, "natural_top5_accuracy": top5.double().mean().item(),
             "fgsm_accuracy": single.double().mean().item()}
 
@@ -293,8 +296,10 @@ def parse(argv):
     add("--train-size", type=integer(), metavar="N", help="train on a random subset of N, drawn with --seed")
     add("--eval-size", type=integer(), default=5000, metavar="N", help="validation images to test each epoch")
     add("--test-size", type=integer(), metavar="N", help="validation images to test at the end; None: all")
-    add("--restarts", type=integer(), default=1, help="restarts of the last test's PGD-50; the worst counts")
-    add("--workers", type=integer(0), default=os.cpu_count(), help="processes that read images; 0: this one")
+    add("--restarts", type=integer(), metavar="N",
+        help="restarts of the last test's PGD-50, the worst counts; tests a finished run again; None: 1")
+    add("--workers", type=integer(0), default=os.cpu_count(),
+        help="processes that read images, those of torchrun together; 0: none but this")
     add("--on-bad-image", choices=("fail", "skip"), default="fail", help="what to do at an unreadable image")
     return common.start(parser, argv)
 
@@ -311,7 +316,7 @@ def main(argv):
         train.keep(args.train_size, args.seed)
     single_step = Attack(eps=args.eps, step_size=args.alpha * args.eps, steps=1)  # the training's: FGSM
     monitor = replace(MONITOR, eps=args.eps)
-    report = replace(REPORT, eps=args.eps, restarts=args.restarts)
+    report = replace(REPORT, eps=args.eps, restarts=args.restarts or 1)
 
     model = WideResNet50(args.width, len(train.classes))
     shape = phases[0].batch_size, 3, phases[0].crop, phases[0].crop
@@ -340,8 +345,8 @@ def main(argv):
             run.record(len(x), **parts, lipschitz=lipschitz.mean())
         metrics = validate(model, val, phase, args.eval_size, monitor, single_step)
         warning = catastrophic_overfitting(run.log, metrics)
-        skipped = common.collected(torch.tensor([len(train.unreadable) + len(val.unreadable)])).sum().item()
-        run.end_epoch(lr=lr, beta=args.beta, **metrics, warning=warning, skipped_images=skipped)
+        skipped = set().union(*common.collected(train.unreadable | val.unreadable))
+        run.end_epoch(lr=lr, beta=args.beta, **metrics, warning=warning, skipped_images=len(skipped))
         if warning:
             say(warning)
 
@@ -352,7 +357,7 @@ def main(argv):
         local_lipschitzness = common.local_lipschitzness(model, val.batches(phases[-1], order[:1000]), report)
         return {**metrics, "local_lipschitzness": local_lipschitzness, "precision": args.precision}
 
-    run.finish(test, report)
+    run.finish(test, report if args.restarts else None)
 
 
 if __name__ == "__main__":

@@ -784,6 +784,10 @@ def test_a_run_does_not_go_on_with_other_code_unless_told_to(tiny, tmp_path):
     assert accepted.returncode == 0 and "1 of 1 epochs done" in accepted.stdout
     assert common.read_json(tmp_path / "run" / "args.json")["code"] == {
         path.name: common.fingerprint(path) for path in (script, shared)}  # the run's code from now on
+    option = '    parser.add_argument("--extra-data",'  # one more is part of an accepted change
+    mine = option.replace("extra-data", "mine").replace('",', '", default=1)\n')
+    assert "changed since" in edited(script, option, mine + option).stderr
+    assert edited(script, "", "", "--accept-changed-code").returncode == 0
     tiny[-2:], script = [], script.rename(tmp_path / "train_mine.py")
     assert edited(script, "", "").returncode == 0
     folder, = (tmp_path / "runs").iterdir()  # another script is another method
@@ -1018,7 +1022,7 @@ def test_lambda_is_brought_to_the_reference_ratio_and_stays(answer, inertia):
 
 def test_lambda_stays_between_the_references_and_ten_times_that():
     reference = [{"beta": 6.0, "natural_risk": 1.0, "robust_regularization": 0.01}] * 9
-    for risk, beta in ((1e-3, 60.0), (1e3, 6.0)):
+    for risk, beta in ((1e-3, 60.0), (1e3, 6.0), (0.0, 6.0)):  # without a risk there is no ratio: λ stays
         log = []
         for _ in range(8):
             log.append({"beta": common.adjusted_beta(log, reference), "natural_risk": risk,

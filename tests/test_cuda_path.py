@@ -132,7 +132,7 @@ def test_training_and_evaluation_stay_on_the_device(trained, monkeypatch, method
 def test_fast_at_stays_on_the_device(trained, monkeypatch, beta):
     class Images:
         """Images that are on the device already."""
-        classes, unreadable = list("abcdefghij"), ()
+        classes, unreadable = list("abcdefghij"), set()
 
         def __init__(self, args, split, device):
             pass

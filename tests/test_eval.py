@@ -385,8 +385,11 @@ def zoo(folder, monkeypatch):
         return {("Odd2020", "cifar10", "Linf"): network(1), ("Odd2020", "cifar10", "L2"): network(2)}[
             name, dataset, threat_model]
 
-    threats = {threat: {"Odd2020": {}} for threat in enum.Enum("Threat", {name: name for name in ("Linf", "L2", "corruptions")})}
-    everything = {dataset: threats for dataset in enum.Enum("Dataset", {name: name for name in ("imagenet", "cifar10")})}
+    def named(*values):
+        return enum.Enum("Name", {value: value for value in values})
+
+    threats = {threat: {"Odd2020": {}} for threat in named("Linf", "L2", "corruptions")}
+    everything = {dataset: threats for dataset in named("imagenet", "cifar10")}
     modules = {"pyautoattack": SimpleNamespace(), "robustbench": SimpleNamespace(),
                "robustbench.model_zoo": SimpleNamespace(model_dicts=everything),
                "robustbench.utils": SimpleNamespace(load_model=load_model)}
@@ -417,3 +420,12 @@ def test_without_robustbench_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", SimpleNamespace())
     with pytest.raises(UserError, match='pip install robustbench pyautoattack "setuptools<80"'):
         evaluation.main(["robustbench:Carmon2019Unlabeled"])
+
+
+def test_figures_keep_experiments_apart():
+    plain = {"method": "trades", "dataset": "cifar10", "arch": "wrn", "depth": 34, "epochs": 100}
+    averaged = {**plain, "ema": 0.995, "activation": "silu"}
+    older = {**plain, "beta": 12.0, "width": 5}  # of another λ and width, and of code without those options
+    groups = evaluation.group([plain, averaged, {**older, "ema": None, "activation": "relu"}, older])
+    assert [len(rows) for rows in groups.values()] == [3, 1]
+    assert list(groups) == ["trades-cifar10-wrn-34", "trades-cifar10-wrn-34-2"]

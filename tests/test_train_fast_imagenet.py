@@ -321,6 +321,7 @@ def test_killed_in_another_phase_it_resumes_to_the_same_weights(tree, tmp_path, 
     assert (decay["weight_decay"], none["weight_decay"], len(none["params"])) == (1e-4, 0, 2 * norms)
 
     fast.main([*command, "--restarts", "2"])  # tests the finished run again
+    fast.main(command)  # and this leaves alone what that found
     assert common.read_json(cut / "metrics.json")["last"]["attack"] == asdict(replace(attack, restarts=2))
     with pytest.raises(UserError, match="--width 0.015625 there, 0.03125 here"):
         fast.main([*command, "--width", "1/32"])

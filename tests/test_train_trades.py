@@ -246,12 +246,15 @@ data_y = torch.arange(40) % 10
 # the images of an epoch are those of one process, and each process has its own half of every batch
 def epoch():
     torch.manual_seed(5)
-    return [y for _, y in common.batches(data_x, data_y, 12)]
-mine = epoch()
-everyone = [common.collected(y) for y in mine]
+    found = list(common.batches(data_x, data_y, 12))
+    return [y for _, y in found], torch.cat([x for x, _ in found])
+mine, crops = epoch()
+crops = common.joined(crops)
+everyone = [common.joined(y) for y in mine]
 rank, common.RANK, common.WORLD = RANK, 0, 1
-alone = epoch()
+alone, same = epoch()
 common.RANK, common.WORLD = rank, WORLD
+assert sorted(x.sum().item() for x in crops) == sorted(x.sum().item() for x in same), "other crops or flips"
 assert len(mine) == len(alone) == 3 and all(len(y) == 6 for y in mine)
 assert all(sorted(a.tolist()) == sorted(b.tolist()) for a, b in zip(everyone, alone))
 
@@ -277,7 +280,7 @@ grads = [[p.grad for p in half.parameters() if p.ndim > 1] for half in halves]
 for w, move, a, b in zip(weights, moves, *grads):
     g = (a + b) / 2
     assert torch.allclose(move, 0.005 * w.norm() * g / g.norm(), atol=1e-12)
-    assert torch.equal(move[None], common.collected(move[None])[:1]), "not the same in both"
+    assert torch.equal(move[None], common.joined(move[None])[:1]), "not the same in both"
 
 # every test image counts once
 model = model.float()
@@ -329,3 +332,5 @@ def test_a_batch_is_shared_out_evenly(tiny, monkeypatch):
     monkeypatch.setattr(common, "WORLD", 2)
     with pytest.raises(UserError, match="a batch of 33 images cannot be shared out among 2 processes"):
         train_trades.main([*tiny, "--batch-size", "33"])
+    with pytest.raises(UserError, match="--eval-size must be at least 2, the number of processes"):
+        train_trades.main([*tiny, "--eval-size", "1"])
