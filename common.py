@@ -366,13 +366,13 @@ class _Stage(nn.Module):
 
 
 class Network(nn.Module):
-    """Images [N, 3, H, W] in [0, 1] → logits [N, classes]; a subclass has conv1, stages(), bn1, act and fc.
+    """Images [N, 3, H, W] in [0, 1] → logits [N, classes]; a subclass has conv1, stages(), bn1 and fc.
 
     With `precision = "bf16"` the convolutions between the first and the classifier run in bfloat16. Pixels
     and logits stay float32: in bfloat16 the step of a pixel near 1 is 0.004, an eighth of ε.
     """
 
-    precision = "fp32"
+    precision, act = "fp32", staticmethod(ACTIVATIONS["relu"])
 
     def forward(self, x):
         x = self.conv1(x)

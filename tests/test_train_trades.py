@@ -4,6 +4,7 @@
 """
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,6 +318,7 @@ def test_a_shared_run_is_one_run_and_resumes(tiny, tmp_path):
             workers = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
             os.kill(int(workers[-1]), signal.SIGKILL)
     assert stopped.wait() != 0
+    shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
     output, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors[-2000:]
     assert output.count("epoch 2/2") == 1  # one process speaks
@@ -326,6 +328,8 @@ def test_a_shared_run_is_one_run_and_resumes(tiny, tmp_path):
     one, other = (common.read_checkpoint(tmp_path / name / "last.pt")["model"]
                   for name in ("whole", "stopped"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+    train_trades.main([*tiny, "--out", str(tmp_path / "alone")])  # one process goes on with it, too
+    assert [line.get("processes") for line in common.read_log(tmp_path / "alone" / "log.jsonl")] == [2, None]
 
 
 def test_a_batch_is_shared_out_evenly(tiny, monkeypatch):
