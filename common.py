@@ -644,16 +644,17 @@ def measure_precisions(model, images, budget=0.2):
 @contextlib.contextmanager
 def attack_mode(model):
     """Eval mode and frozen parameters, so that gradients go to the input alone; both as found afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval()
+        for module in training:  # not eval(): it walks all of them once more, and thin networks wait for that
+            module.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
 
