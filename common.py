@@ -40,8 +40,8 @@ class UserError(Exception):
 
 
 # Under torchrun each process has its share of every batch and evaluation; without it, all of them.
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*name)) for name in
-                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -457,7 +457,10 @@ WRAPPERS = ("state_dict", "model_state_dict", "net", "model")  # where checkpoin
 
 
 def parameters_of(checkpoint):
-    """The state_dict in a checkpoint of ours or in a published one; {} if there is none."""
+    """The state_dict in a checkpoint of ours or in a published one, or itself; {} if there is none.
+
+    Without the prefix `module.` (DataParallel).
+    """
     state = checkpoint if isinstance(checkpoint, dict) else {}
     while wrapped := [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]:
         state = wrapped[0]
@@ -465,11 +468,11 @@ def parameters_of(checkpoint):
 
 
 def load_weights(model, state, source):
-    """Load a state_dict, of ours or published, into `model`; UserError if it is another network's.
+    """Load the `parameters_of` a checkpoint or state_dict; UserError if it is another network's.
 
-    A `module.` prefix (DataParallel) and the unused `sub_block1.*` of the TRADES networks are dropped.
+    The unused `sub_block1.*` of the TRADES networks are dropped.
     """
-    state = {key.removeprefix("module."): value for key, value in state.items() if "sub_block1." not in key}
+    state = {key: value for key, value in parameters_of(state).items() if not key.startswith("sub_block1.")}
     own = model.state_dict()
     wrong = [key for key in own if not key.endswith("num_batches_tracked")
              and (key not in state or state[key].shape != own[key].shape)]
@@ -513,8 +516,16 @@ class WeightAverage:
         t = self.steps - self.warmup
         decay = min(self.decay, (1 + t) / (10 + t)) if t >= 0 else 0
         torch._foreach_lerp_(list(self.model.parameters()), list(self.network.parameters()), 1 - decay)
-        torch._foreach_copy_(list(self.model.buffers()), list(self.network.buffers()))
+        copy_all(self.model.buffers(), self.network.buffers())
         self.steps += 1
+
+
+def copy_all(targets, sources):
+    """Copy tensors onto others, pair by pair; fused, which only tensors of one type are together."""
+    pairs = list(zip(targets, sources))
+    for dtype in {target.dtype for target, _ in pairs}:
+        of_type = [pair for pair in pairs if pair[0].dtype == dtype]
+        torch._foreach_copy_(*map(list, zip(*of_type)))
 
 
 # -------------------------------------------------------------------------------------------------- execution
@@ -613,7 +624,7 @@ def prepare(model, args, device, images):
     """Load --init, `set_execution` and say what it picked; args.precision becomes that."""
     images = images[RANK::WORLD]
     if args.init and not (Path(args.out) / "last.pt").exists():
-        load_weights(model, parameters_of(read_checkpoint(args.init)), args.init)
+        load_weights(model, read_checkpoint(args.init), args.init)
     say(set_execution(model, device, args.precision, args.compile, images))
     args.precision = model.precision = collected(model.precision)[0]  # the first process decides
 
@@ -863,7 +874,7 @@ def step(done, epochs, milestones=(0.75, 0.9, 1.0)):
 
 def cosine(done, epochs):
     """0.5·(1 + cos(π·done)) (RST)."""
-    return 0.5 * (1 + math.cos(math.pi * done))
+    return _cosine_between(1.0, 0.0, done)
 
 
 def one_cycle(done, epochs, warmup=0.025):
@@ -935,6 +946,10 @@ def three_metrics(y, natural, adversarial):
             "perturbation_stability": (adversarial == natural).sum().item() / n}
 
 
+def _attack_seed(seed, restart, batch):
+    return ((1000 * seed + restart) * 10 ** 6 + batch) % 2 ** 63
+
+
 def evaluate(model, stream, attack, seed=0):
     """(metrics, points): `three_metrics` under `pgd` with this record, and every image's predictions.
 
@@ -949,7 +964,7 @@ def evaluate(model, stream, attack, seed=0):
         adversarial, stable, size = natural.clone(), torch.arange(n, device=x.device), len(x)
         for restart in range(attack.restarts):
             rows, = padded([stable], size)
-            with fixed_seed(((1000 * seed + restart) * 10 ** 6 + i) % 2 ** 63, x.device):
+            with fixed_seed(_attack_seed(seed, restart, i), x.device):
                 found = predict(model, pgd(model, x[rows], LOSSES[attack.loss](y[rows]), attack))
             adversarial[stable] = found = found[:len(stable)]
             if restart + 1 == attack.restarts:
@@ -982,7 +997,7 @@ def local_lipschitzness(model, stream, attack, seed=0):
                 clean, best = model(images), torch.zeros(len(images), device=images.device)
             for restart, scale in enumerate((1, 1, 1, 0.1)):
                 radius, stride = scale * attack.eps, scale * attack.steps * attack.step_size
-                with fixed_seed(((1000 * seed + restart) * 10 ** 6 + i) % 2 ** 63, images.device):
+                with fixed_seed(_attack_seed(seed, restart, i), images.device):
                     x_hat = project(perturb_start(images, "uniform", radius, "linf"), images, radius, "linf")
                 for _ in range(math.ceil(attack.steps / 4) + 1):
                     x_hat.requires_grad_()
@@ -1437,7 +1452,7 @@ def number_or_auto(text):
 number_or_auto.__name__ = "number"  # as argparse names it
 
 
-def experiment_parser(file, doc, **defaults):
+def experiment_parser(file, doc):
     """What every training script takes. `file`: the script's, after which the method is named."""
     parser = Parser(doc)
     add = parser.add_argument
@@ -1452,7 +1467,7 @@ def experiment_parser(file, doc, **defaults):
     add("--accept-changed-code", action="store_true", help="go on with a run whose code was edited since")
     method = Path(file).stem.removeprefix("train_")
     code = {Path(path).name: fingerprint(path) for path in (file, __file__)}
-    parser.set_defaults(method=method, code=code, **defaults)
+    parser.set_defaults(method=method, code=code)
     parser.default_out = lambda args: run_folder(parser, args)
     return parser
 

@@ -200,15 +200,15 @@ load_data = lru_cache(maxsize=1)(common.load_data)  # runs to compare mostly sha
 
 def attack_records(args, norm, eps):
     """The records of --attack, with this norm and ε."""
-    def record(loss, steps, step_size, start):
+    def made(loss, steps, step_size, start):
         return Attack(loss, norm, eps, step_size, steps, start, 1 if start == "none" else args.restarts)
 
     step_size = STEP_SIZE[norm] if args.step_size is None else args.step_size
     start = args.start or "uniform"
-    records = {"pgd": record("cross-entropy", args.steps, step_size, start),
-               "cw": record("margin", args.steps, step_size, start),
-               "fgsm": record("cross-entropy", 1, eps, args.start or "none"),
-               "autoattack": record("autoattack", 0, 0.0, "none")}  # its four attacks choose their own
+    records = {"pgd": made("cross-entropy", args.steps, step_size, start),
+               "cw": made("margin", args.steps, step_size, start),
+               "fgsm": made("cross-entropy", 1, eps, args.start or "none"),
+               "autoattack": made("autoattack", 0, 0.0, "none")}  # its four attacks choose their own
     return [records[name] for name in args.attack]
 
 
@@ -432,12 +432,11 @@ def plot(args, results):
     folder = Path(args.plot)
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder / "schedules.png", schedules_figure, 1.9)
-    merged, names = merge_seeds(results), []
-    for attack in dict.fromkeys(map(record, results)):
-        title = attack.title()
-        name = re.sub(r"[^\w.]+", "-", title.lower().replace("×", "x").replace("ε = ", "eps"))
-        names.append(name)
-        name += f"-{names.count(name)}" if names.count(name) > 1 else ""  # another step size, say
+    merged, attacks = merge_seeds(results), list(dict.fromkeys(map(record, results)))
+    titles = [attack.title() for attack in attacks]  # the same for two of other step sizes, say
+    names = distinct(re.sub(r"[^\w.]+", "-", title.lower().replace("×", "x").replace("ε = ", "eps"))
+                     for title in titles)
+    for attack, title, name in zip(attacks, titles, names):
         rows = [row for row in (merged if args.merge_seeds else results) if record(row) == attack]
         draw(folder / f"metrics-{name}.png", metrics_figure, 0.75 + 0.42 * len(rows), rows, title)
         rows = [row for row in merged if record(row) == attack and row.get("width") is not None]
@@ -458,17 +457,21 @@ def plot(args, results):
 
 def group(rows):
     """{part of a file name: rows} by what must agree for a comparison over width and λ to make sense."""
-    groups, names = {}, []
+    groups = {}
     for row in rows:
         parts = [str(row[key]) for key in ("method", "dataset", "arch", "depth", "chosen") if row.get(key)]
         if "eps" in row:  # a run's settings; results have it in their attack
             parts.append(f"eps{row['eps']:.4g}")
         groups.setdefault(("-".join(parts), row.get("recipe", recipe(row))), []).append(row)
-    numbered = {}
-    for (name, _), members in groups.items():
-        names.append(name)
-        numbered[name if names.count(name) == 1 else f"{name}-{names.count(name)}"] = members
-    return numbered
+    return dict(zip(distinct(name for name, _ in groups), groups.values()))
+
+
+def distinct(names):
+    """The names, a later one that was there before with its number: name, other, name-2."""
+    seen = []
+    for name in names:
+        seen.append(name)
+        yield f"{name}-{seen.count(name)}" if seen.count(name) > 1 else name
 
 
 def recipe(settings):

@@ -52,9 +52,7 @@ def weight_perturbation(model, weights, x, x_adv, y, beta, gamma, label_smoothin
     gradients = torch.autograd.grad(loss, weights)
     common.average_over_processes(gradients)
     with torch.no_grad():
-        for dtype in {buffer.dtype for buffer in buffers}:  # fused only among tensors of one type
-            of_type = [(buffer, saved) for buffer, saved in zip(buffers, found) if buffer.dtype == dtype]
-            torch._foreach_copy_(*map(list, zip(*of_type)))
+        common.copy_all(buffers, found)
         lengths, others = torch._foreach_norm(weights), torch._foreach_norm(gradients)
         ratios = torch.stack(lengths) / torch.stack(others)    # [layers]
         scales = (gamma * ratios).nan_to_num(nan=0, posinf=0)  # ‖g‖ = 0: no move
