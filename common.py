@@ -5,7 +5,6 @@ that is not the method. Images are [N, 3, H, W]: uint8 while stored on the devic
 """
 import argparse
 import ast
-import codecs
 import contextlib
 import copy
 import datetime
@@ -16,8 +15,6 @@ import io
 import json
 import math
 import os
-import pickle
-import pickletools
 import re
 import shutil
 import sys
@@ -224,55 +221,25 @@ def steps_per_epoch(n, batch_size):
     return max(n // batch_size, 1)
 
 
-def _builtin_dtype(name, *_):
-    """np.dtype(name) for numbers, uncopied: a pickle could alter a copy and pass bytes off as objects."""
-    if np.dtype(name).kind not in "biuf":
-        raise pickle.UnpicklingError(f"it asks for dtype {name}")
-    return np.dtype(name)
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy arrays of numbers and builtin containers and refuses all else: no file can run code."""
-
-    parts = {part.__name__: part for part in (
-        np.ndarray, np.uint8(0).__reduce__()[0],                                # scalar
-        np.zeros(1).__reduce_ex__(2)[0], np.zeros(1).__reduce_ex__(5)[0])}      # _reconstruct, _frombuffer
-    parts["dtype"] = _builtin_dtype
-
-    def find_class(self, module, name):
-        if module.split(".")[0] == "numpy" and name in self.parts:
-            return self.parts[name]
-        if (module, name) == ("_codecs", "encode"):
-            return codecs.encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which arrays do not need")
-
-
 def load_extra(path, data):
     """Extra training images and (pseudo-)labels, uint8 [M, 3, H, W] and int64 [M], on the device of `data`.
 
-    FILE.npz holds `image` and `label`; another name is read as RST's pickle, `data` and
-    `extrapolated_targets`. The images must be uint8 [M, H, W, 3] of the size that `data` has, the labels
+    The .npz at `path` holds `image`, uint8 [M, H, W, 3] of the size that `data` has, and `label`, integers
     among its classes, or UserError.
     """
-    images, labels = ("image", "label") if path.endswith(".npz") else ("data", "extrapolated_targets")
     try:
-        if path.endswith(".npz"):
-            with np.load(path, allow_pickle=False) as file:
-                x, y = file[images], file[labels]
-        else:
-            with open(path, "rb") as file:
-                content = ArrayUnpickler(file).load()
-            x, y = np.asarray(content[images]), np.asarray(content[labels])
-    except Exception as error:  # a broken or hostile file fails in many ways
-        raise UserError(f"--extra-data {path} must hold arrays {images!r} and {labels!r}; reading failed "
-                        f"with {type(error).__name__}: {error}") from None
+        with np.load(path, allow_pickle=False) as file:
+            x, y = file["image"], file["label"]
+    except Exception as error:  # a broken or foreign file fails in many ways
+        raise UserError(f"--extra-data {path} must be an .npz of arrays 'image' and 'label'; --help says how "
+                        f"RST's pickle becomes one ({type(error).__name__}: {error})") from None
     height, width = data.x_train.shape[2:]
     if x.dtype != np.uint8 or x.shape[1:] != (height, width, 3) or len(x) == 0:
-        raise UserError(f"--extra-data {path}: {images!r} must be uint8 [M, {height}, {width}, 3], "
+        raise UserError(f"--extra-data {path}: 'image' must be uint8 [M, {height}, {width}, 3], "
                         f"not {x.dtype} {list(x.shape)}")
     integers = np.issubdtype(y.dtype, np.integer) and y.shape == (len(x),)
     if not integers or y.min() < 0 or y.max() >= data.classes:
-        raise UserError(f"--extra-data {path}: {labels!r} must be {len(x)} integers in 0..{data.classes - 1}")
+        raise UserError(f"--extra-data {path}: 'label' must be {len(x)} integers in 0..{data.classes - 1}")
     return to_tensors(x, y, data.x_train.device)
 
 
@@ -1330,37 +1297,10 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # truncated, foreign or unsafe: they fail in many ways
-        reason = _what_is_wrong(path, error)
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = (f"it asks for {named[1]}, which could run code; save its state_dict alone" if named else
+                  "it is cut short, a web page, a Git LFS pointer or another kind of file")
         raise UserError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
-
-
-def _what_is_wrong(path, error):
-    with open(path, "rb") as file:
-        content = file.read(2 ** 20)
-    start, named = content[:200].lstrip(), re.search(r"GLOBAL ([\w.]+)", str(error))
-    wants = named[1] if named else _first_import(content)
-    if start[:1] == b"<":
-        return "it is a web page; download the file itself"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; `git lfs pull` fetches the file itself"
-    if wants:
-        return f"it is a pickle that asks for {wants}, which could run code; save its state_dict alone"
-    return "it is empty" if not start else "it is cut short, or another kind of file"
-
-
-def _first_import(content):
-    """What a bare pickle asks for first, found without unpickling; None if it is no pickle."""
-    words = []
-    try:
-        for operation, argument, _ in pickletools.genops(content):
-            if operation.name == "GLOBAL":
-                return argument.replace(" ", ".")
-            if operation.name == "STACK_GLOBAL":
-                return ".".join(words[-2:])
-            if isinstance(argument, str):
-                words.append(argument)
-    except ValueError:
-        return None
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -36,8 +36,9 @@ from common import Attack, UserError, say
 
 METRICS = dict(zip(common.METRICS, ("natural", "robust", "stability")), label_free_stability="label-free")
 EPS, STEP_SIZE = {"linf": 0.031, "l2": 0.5}, {"linf": 0.003, "l2": 0.05}  # 20 steps can cross the ball
-RECIPE = ("epochs", "schedule", "lr", "weight_decay", "batch_size", "train_size", "extra_data", "extra_fraction",
-          "val_size", "init", "nesterov", "no_norm_decay", "label_smoothing", "activation", "ema", "warmup", "gamma")
+RECIPE = ("epochs", "schedule", "lr", "weight_decay", "batch_size", "train_size", "extra_data",
+          "extra_fraction", "val_size", "init", "nesterov", "no_norm_decay", "label_smoothing", "activation",
+          "ema", "warmup", "gamma")
 ZOO, THREATS = "robustbench:", {"linf": "Linf", "l2": "L2"}
 AUTOATTACK = "pyautoattack"  # on PyPI, by AutoAttack's authors
 
@@ -61,13 +62,6 @@ def arguments(argv):
     add("--restarts", type=common.integer(), default=1,
         help="of attacks with a random start: a point counts as stable if it survives all of them")
     add("--seed", type=common.integer(0), default=0, help="seeds the attacks")
-    add("--arch", choices=common.NETWORKS, help="by default the checkpoint's, else as the parameters are")
-    add("--depth", type=common.integer(), help="layers; by default likewise")
-    add("--width", type=common.integer(), help="widening factor or growth rate; by default likewise")
-    add("--classes", type=common.integer(), help="outputs of the network; by default the data set's classes")
-    add("--mean", nargs=3, type=common.number(), metavar=("R", "G", "B"),
-        help="for a network that expects (x - mean) / std")
-    add("--std", nargs=3, type=common.number(above=True), metavar=("R", "G", "B"), help="see --mean")
     add("--dataset", metavar="NAME", help="by default the checkpoint's, else cifar10")
     add("--data-dir", metavar="DIR", help="where data sets are; by default the checkpoint's, else data")
     add("--eval-size", type=common.integer(), metavar="N", help="random test images; by default all")
@@ -80,7 +74,6 @@ def arguments(argv):
     add("--compile", choices=("auto", "on", "off"), default="off", help="torch.compile; auto: on CUDA only")
     for kind in ("json", "markdown"):
         add(f"--{kind}", metavar="FILE", help=f"write the results as {kind} too")
-    add("--save-points", metavar="FILE.npz", help="write every image's label and predictions")
     add("--merge-seeds", action="store_true",
         help="show runs whose names differ in -seed<s> alone as one: means, and ± is then half their range")
     add("--plot", metavar="DIR", help="draw the figures there, with matplotlib")
@@ -163,32 +156,26 @@ def load(file, args, device):
     if settings.get("method") == "fast":
         raise UserError(f"{file} is of Fast AT on ImageNet, which eval.py does not evaluate; metrics.json "
                         "has the results, and the run's own command with other --restarts tests it again")
-    mean, std = args.mean, args.std
+    normalization = None
     if "0.mean" in state:  # RST with `normalize_input`: a Sequential of the normalization and the network
-        mean, std = (state.pop(key).flatten().tolist() for key in ("0.mean", "0.std"))
+        normalization = [state.pop(key).view(1, 3, 1, 1).to(device) for key in ("0.mean", "0.std")]
         state = {key.removeprefix("1."): value for key, value in state.items()}
 
-    network = {key: getattr(args, key) or settings.get(key) for key in ("arch", "depth", "width")}
-    if None in network.values():
-        guessed = guess_network(state, file)
-        network = {key: value or guessed[key] for key, value in network.items()}
+    described = settings or guess_network(state, file)
+    network = {key: described.get(key) for key in ("arch", "depth", "width")}
     if network["arch"] not in common.NETWORKS:
         raise UserError(f"{file} holds a network {network['arch']!r}, unknown to NETWORKS in common.py")
     dataset = args.dataset or settings.get("dataset", "cifar10")
     data = load_data(dataset, args.data_dir or settings.get("data_dir", "data"), device)
-    network["classes"] = args.classes or data.classes
-    if network["classes"] < data.classes:
-        raise UserError(f"--classes {args.classes}: {dataset} has {data.classes}")
-    model = common.build_model(**network, activation=settings.get("activation", "relu"))
+    model = common.build_model(**network, classes=data.classes, activation=settings.get("activation", "relu"))
     common.load_weights(model, state, file)
-    if mean or std:
-        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1)
-                     for values in (mean or [0.0] * 3, std or [1.0] * 3))
+    if normalization:
+        mean, std = normalization
         model.register_forward_pre_hook(lambda _, inputs: ((inputs[0] - mean) / std,))
     how = common.set_execution(model, device, args.precision, args.compile, data.x_test[:args.batch_size])
     say(f"{file}: {how}")
-    facts = {"dataset": dataset, **network, "recipe": recipe(settings), "method": settings.get("method"), "beta": settings.get("beta"),
-             "epoch": saved.get("epoch")}
+    facts = {"dataset": dataset, **network, "recipe": recipe(settings), "method": settings.get("method"),
+             "beta": settings.get("beta"), "epoch": saved.get("epoch")}
     return model, data, settings, facts
 
 
@@ -272,8 +259,8 @@ def wilson(p, n, z=1.959964):
     return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
 
 
-def evaluate_all(args, results, points):
-    """Append to `results` and `points` for each path and attack; write the files asked for after each."""
+def evaluate_all(args, results):
+    """Append to `results` for each path and attack; write the files asked for after each."""
     device = common.pick_device(args.device)
     located = [(path, *locate(Path(path), args.checkpoint)) for path in args.paths
                if args.attack or path.endswith(".json")]
@@ -300,14 +287,13 @@ def evaluate_all(args, results, points):
                          "lipschitz_n": min(args.lipschitz_size, len(x))}
         for attack in attack_records(args, norm, eps):
             began = time.perf_counter()
-            metrics, outcome = evaluate(model, x, y, attack, args.batch_size, args.seed)
+            metrics, _ = evaluate(model, x, y, attack, args.batch_size, args.seed)
             precision = "fp32" if attack.loss == "autoattack" else model.precision
             row = {"path": path, "checkpoint": str(file), "chosen": chosen, "attack": asdict(attack),
                    **metrics, "precision": precision, "seed": args.seed, **lipschitz, **facts,
                    "seconds": round(time.perf_counter() - began, 2)}
             results.append(row)
-            points.append(({"path": path, "attack": attack.title()}, {"index": index, **outcome}))
-            write_results(args, results, points)
+            write_results(args, results)
             say(f"{file}: {attack.title()}  {common.describe(row)}  {common.duration(row['seconds'])}")
 
 
@@ -396,7 +382,7 @@ def markdown_table(lines):
 
 def output_files(args):
     """The files to write. Makes their folders, so that a mistyped name shows before an hour of attacks."""
-    files = [file for file in (args.json, args.markdown, args.save_points) if file]
+    files = [file for file in (args.json, args.markdown) if file]
     for file in files:
         if Path(file).is_dir():
             raise UserError(f"{file} is a folder; name a file in it")
@@ -404,19 +390,12 @@ def output_files(args):
     return files
 
 
-def write_results(args, results, points):
+def write_results(args, results):
     """Replace the files asked for by what is finished so far; each is whole at every moment."""
     if args.json:
         common.write_json(args.json, results)
     if args.markdown:
         common.write_file(args.markdown, markdown_table(table(results, args.merge_seeds)).encode())
-    if args.save_points and points:
-        arrays = {key: np.array([row[key] for row, _ in points]) for key in ("path", "attack")}
-        for i, (_, tensors) in enumerate(points):  # label_0 [n], natural_0 [n], ...: of path[0], attack[0]
-            arrays.update({f"{key}_{i}": value.cpu().numpy() for key, value in tensors.items()})
-        content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
-        common.write_file(args.save_points, content.getbuffer())
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -476,8 +455,8 @@ def distinct(names):
 
 def recipe(settings):
     """The settings that make another experiment of a run, but for those that figures compare, as text."""
-    found = {key: settings.get(key) for key in RECIPE}
-    return ", ".join(f"{key} {value}" for key, value in found.items() if value not in (None, False, 0, "relu"))
+    found = [(key, settings.get(key)) for key in RECIPE]
+    return ", ".join(f"{key} {value}" for key, value in found if value not in (None, False, 0, "relu"))
 
 
 def in_order(values):
@@ -594,17 +573,17 @@ def main(argv):
         optional(AUTOATTACK, "--attack autoattack")
     if args.plot:
         optional("matplotlib", "--plot")
-    results, points = [], []
+    results = []
     try:
-        evaluate_all(args, results, points)
+        evaluate_all(args, results)
     except KeyboardInterrupt:
-        kept = f", kept in {', '.join(files)}" if files and points else ""
-        raise KeyboardInterrupt(f"after {len(points)} evaluations{kept}") from None
+        kept = f", kept in {', '.join(files)}" if files and results else ""
+        raise KeyboardInterrupt(f"after {len(results)} rows{kept}") from None
     finally:
         if results:
             say(text_table(table(results, args.merge_seeds)))
     if results:
-        write_results(args, results, points)  # earlier results alone can be joined and written too
+        write_results(args, results)  # earlier results alone can be joined and written too
     if args.plot:
         plot(args, results)
 
