@@ -1,7 +1,7 @@
 """What every experiment shares: data, networks, attacks, schedules, metrics and the run folder.
 
-No method lives here: a training script reads top to bottom as its experiment and calls this file for all
-that is not the method. Images are [N, 3, H, W]: uint8 while stored on the device, float32 once batched.
+No loss or loop of a method lives here: a training script reads top to bottom as its experiment and calls
+this file for all else. Images are [N, 3, H, W]: uint8 while stored on the device, float32 once batched.
 """
 import argparse
 import ast
@@ -131,15 +131,17 @@ def _torchvision_cifar(name, data_dir, npz):
     from torchvision import datasets
 
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    if LOCAL_RANK:  # one process of a machine downloads, the others wait for it
-        collected(None)
+    Path(data_dir).mkdir(parents=True, exist_ok=True)
+    folder = os.open(data_dir, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # of a network file system without locks
+        fcntl.flock(folder, fcntl.LOCK_EX)  # one process downloads, the others wait for it
     try:
         splits = [dataset(str(data_dir), train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, no space, a broken archive: urllib, OSError or RuntimeError
         raise UserError(f"no {npz} or {Path(data_dir) / dataset.base_folder}, and the download failed "
                         f"({error}); put the data there, or try --dataset synthetic") from None
-    if WORLD > 1 and not LOCAL_RANK:
-        collected(None)
+    finally:
+        os.close(folder)
     return {f"{letter}_{split}": array for split, part in zip(("train", "test"), splits)
             for letter, array in (("x", part.data), ("y", np.array(part.targets)))}
 
@@ -527,6 +529,8 @@ def set_execution(model, device, precision, compile, images):
             warnings.simplefilter("ignore")
             torch.backends.cudnn.allow_tf32 = False  # matrix products are without it anyway
     measured = ""
+    if precision != "fp32" and not hasattr(model, "precision"):
+        raise UserError(f"--precision {precision}: {type(model).__name__} knows fp32 alone, being no Network")
     if precision == "auto":
         seconds = measure_precisions(model, images)
         precision = min(seconds, key=seconds.get)
@@ -803,7 +807,7 @@ def adjusted_beta(log, reference):
 
 
 def reference_log(args):
-    """The log of --reference, a finished run of the same method, data set and length; UserError otherwise."""
+    """The log of --reference, a finished run of the same method, data, length and ε; UserError otherwise."""
     if (args.beta == "auto") != bool(args.reference):
         raise UserError("--beta auto and --reference RUN go together")
     if not args.reference:
@@ -813,8 +817,9 @@ def reference_log(args):
         raise UserError(f"--reference {folder}: no run is there")
     with own_files(folder, "name another --reference"):
         settings, log = read_json(folder / "args.json"), read_log(folder / "log.jsonl")
-        differing = [f"--{key} {settings[key]} there, {getattr(args, key)} here"
-                     for key in ("method", "dataset", "epochs") if settings[key] != getattr(args, key)]
+        differing = [f"--{key.replace('_', '-')} {settings[key]} there, {getattr(args, key)} here"
+                     for key in ("method", "dataset", "train_size", "epochs", "eps")
+                     if settings[key] != getattr(args, key)]
         if differing:
             raise UserError(f"--reference {folder} is no such run: {'; '.join(differing)}")
         if len(log) < args.epochs:
@@ -951,11 +956,11 @@ def evaluate(model, stream, attack, seed=0):
 def local_lipschitzness(model, stream, attack, seed=0):
     """Mean over images of the largest ‖f(x) - f(x̂)‖₁ / ‖x - x̂‖∞, x̂ in the ℓ∞ ε-ball, f the logits.
 
-    The definition of Yang et al. 2020 that the paper uses, in float32; ε, step size and steps are the
-    record's. The largest ratio met counts: a lower bound. At a fixed distance the ratio rises with its
-    numerator, so signed gradient ascent follows that and stays at the distance: its steps cross the ball,
-    from corner to corner. Which logits rise and which fall makes many local maxima, so four random starts,
-    one of them close to x, share the steps. Units: logits per pixel range.
+    The definition of Yang et al. 2020 that the paper uses, in float32. The largest ratio met counts: a lower
+    bound. At a fixed distance the ratio rises with its numerator, so signed gradient ascent follows that and
+    stays at the distance: a step is as long as all of the record's together, about across the ball. Which
+    logits rise and which fall makes many local maxima, so four random starts, one of them close to x, share
+    the record's number of steps. Units: logits per pixel range.
     """
     largest = []
     with attack_mode(model), exact_precision(model), torch.enable_grad():
@@ -1018,7 +1023,8 @@ def describe(metrics):
 
 
 # What a resumed run may have otherwise.
-MAY_CHANGE = {"out", "data_dir", "device", "workers", "on_bad_image", "restarts", "accept_changed_code"}
+MAY_CHANGE = {"out", "data_dir", "device", "compile", "workers", "on_bad_image", "restarts",
+              "accept_changed_code"}
 
 
 class Run:

@@ -2,7 +2,7 @@
 
     python eval.py runs/*                                          # PGD-20, each run's best.pt and own ε
     python eval.py model.pt --attack pgd cw autoattack --json results.json   # a published one, on CIFAR-10
-    python eval.py runs/* results.json --attack none --plot figures          # figures, no new attacks
+    python eval.py runs/* results.json --attack none --plot plots            # figures, no new attacks
     python eval.py robustbench:Pang2020Boosting robustbench:Hendrycks2019Using robustbench:Carmon2019Unlabeled
 
 A PATH is a run folder, a checkpoint of ours or a published one, robustbench:NAME for any entry of
@@ -37,8 +37,8 @@ from common import Attack, UserError, say
 METRICS = dict(zip(common.METRICS, ("natural", "robust", "stability")), label_free_stability="label-free")
 EPS, STEP_SIZE = {"linf": 0.031, "l2": 0.5}, {"linf": 0.003, "l2": 0.05}  # 20 steps can cross the ball
 RECIPE = ("epochs", "schedule", "lr", "weight_decay", "batch_size", "train_size", "extra_data",
-          "extra_fraction", "val_size", "init", "nesterov", "no_norm_decay", "label_smoothing", "activation",
-          "ema", "warmup", "gamma")
+          "extra_fraction", "val_size", "init", "nesterov", "no_norm_decay", "no_flip", "label_smoothing",
+          "activation", "ema", "warmup", "gamma", "eps", "step_size", "steps")
 ZOO, THREATS = "robustbench:", {"linf": "Linf", "l2": "L2"}
 AUTOATTACK = "pyautoattack"  # on PyPI, by AutoAttack's authors
 
@@ -88,7 +88,10 @@ def arguments(argv):
 
 
 def locate(path, preferred):
-    """(file, "best", "last" or None) to read for a PATH; a folder without best.pt has its last.pt read."""
+    """(file, "best", "last" or None) to read for a PATH, None for a folder without a checkpoint.
+
+    A folder without best.pt has its last.pt read.
+    """
     if str(path).startswith(ZOO):
         return path, None
     if not path.exists():
@@ -99,7 +102,7 @@ def locate(path, preferred):
     for name in names:
         if (path / name).exists():
             return path / name, Path(name).stem
-    raise UserError(f"{path} is a folder without {' or '.join(names)}")
+    say(f"warning: {path} is a folder without {' or '.join(names)}: left out", sys.stderr)
 
 
 def guess_network(state, file):
@@ -153,7 +156,7 @@ def load(file, args, device):
     saved, state = saved if isinstance(saved, dict) else {}, common.parameters_of(saved)
     settings = saved.get("args")
     settings = settings if isinstance(settings, dict) and "method" in settings else {}
-    if settings.get("method") == "fast":
+    if settings and "arch" not in settings:
         raise UserError(f"{file} is of Fast AT on ImageNet, which eval.py does not evaluate; metrics.json "
                         "has the results, and the run's own command with other --restarts tests it again")
     normalization = None
@@ -262,9 +265,11 @@ def wilson(p, n, z=1.959964):
 def evaluate_all(args, results):
     """Append to `results` for each path and attack; write the files asked for after each."""
     device = common.pick_device(args.device)
-    located = [(path, *locate(Path(path), args.checkpoint)) for path in args.paths
+    located = [(path, locate(Path(path), args.checkpoint)) for path in args.paths
                if args.attack or path.endswith(".json")]
-    for path, file, chosen in located:
+    if located and not any(found for _, found in located):
+        raise UserError("there is no checkpoint in any of these folders")
+    for path, (file, chosen) in [(path, found) for path, found in located if found]:
         if file.suffix == ".json":
             results.extend(earlier_results(file))
             continue

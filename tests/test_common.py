@@ -284,6 +284,8 @@ def test_bf16_keeps_logits_and_pixels_in_float32():
     assert 0 < (model(x) - exact).abs().max() < 0.05 * exact.abs().max()
     with common.exact_precision(model):
         torch.testing.assert_close(model(x), exact)
+    with pytest.raises(UserError, match="--precision bf16: Linear knows fp32 alone"):
+        common.set_execution(torch.nn.Linear(3, 10), CPU, "bf16", "off", None)
 
 
 def test_the_measured_precision_is_printed_stored_and_kept_on_resume(tiny, tmp_path, monkeypatch, capsys):

@@ -216,6 +216,7 @@ def test_lambda_follows_the_reference_and_wants_a_fitting_one(tiny, tmp_path, mo
                           (["--reference", "none"], "no run is there"),
                           (["--reference", "narrow", "--epochs", "4"], "--epochs 2 there, 4 here"),
                           (["--reference", "narrow", "--dataset", "cifar10"], "--dataset tiny there"),
+                          (["--reference", "narrow", "--eps", "8/255"], "--eps 0.031 there"),
                           (["--reference", "narrow", "--beta", "3"], "go together")):
         with pytest.raises(UserError, match=message):
             train_trades.main([*auto, *more])
