@@ -724,14 +724,17 @@ def clean_probabilities(model, x):
 
 def perturb_start(x, start, eps, norm):
     """A copy of x at an attack's start: "uniform" in the ε-ball, "gaussian" (0.001·N(0, 1)), "none"."""
+    def drawn(distribution, n, *shape):  # for all processes, used for this one
+        return distribution(WORLD * n, *shape, device=x.device, dtype=x.dtype)[RANK::WORLD]
+
     if start == "gaussian":
-        return x + 0.001 * torch.randn(x.shape, device=x.device, dtype=x.dtype)
+        return x + 0.001 * drawn(torch.randn, *x.shape)
     if start == "none":
         return x.clone()
     if norm == "linf":
-        return x + eps * (2 * torch.rand(x.shape, device=x.device, dtype=x.dtype) - 1)
-    direction = torch.randn(x.shape, device=x.device, dtype=x.dtype)
-    radius = torch.rand(len(x), device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
+        return x + eps * (2 * drawn(torch.rand, *x.shape) - 1)
+    direction = drawn(torch.randn, *x.shape)
+    radius = drawn(torch.rand, len(x)) ** (1 / x[0].numel())
     return x + eps * _per_image(radius / direction.flatten(1).norm(dim=1)) * direction
 
 
@@ -1316,7 +1319,11 @@ def launch(main):
     """Run a script's main(argv): a mistake or Ctrl-C ends in one line and exit status 2 or 130."""
     status = 2
     try:
-        return main(sys.argv[1:])
+        main(sys.argv[1:])
+        if WORLD > 1 and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # one that leaves early can make another abort
+            torch.distributed.destroy_process_group()
+        return
     except UserError as error:
         message = f"error: {error}"
     except OSError as error:  # a full disk, a folder without permission
