@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import pickletools
 import re
 import shutil
 import sys
@@ -1306,10 +1307,37 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # truncated, foreign or unsafe: they fail in many ways
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = (f"it asks for {named[1]}, which could run code; save its state_dict alone" if named else
-                  "it is cut short, a web page, a Git LFS pointer or another kind of file")
+        reason = _what_is_wrong(path, error)
         raise UserError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
+
+
+def _what_is_wrong(path, error):
+    with open(path, "rb") as file:
+        content = file.read(2 ** 20)
+    start, named = content[:200].lstrip(), re.search(r"GLOBAL ([\w.]+)", str(error))
+    wants = named[1] if named else _first_import(content)
+    if start[:1] == b"<":
+        return "it is a web page; download the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; `git lfs pull` fetches the file itself"
+    if wants:
+        return f"it is a pickle that asks for {wants}, which could run code; save its state_dict alone"
+    return "it is empty" if not start else "it is cut short, or another kind of file"
+
+
+def _first_import(content):
+    """What a bare pickle asks for first, found without unpickling; None if it is no pickle."""
+    words = []
+    try:
+        for operation, argument, _ in pickletools.genops(content):
+            if operation.name == "GLOBAL":
+                return argument.replace(" ", ".")
+            if operation.name == "STACK_GLOBAL":
+                return ".".join(words[-2:])
+            if isinstance(argument, str):
+                words.append(argument)
+    except ValueError:
+        return None
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -807,11 +807,12 @@ class Harmful:
 
 HARM = Harmful(os.system, "touch harm")
 NO_CHECKPOINTS = {
-    "empty": (b"", "it is cut short, a web page"),
-    "page": (b"\n<!DOCTYPE html><html>Not found</html>", "a web page"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
-    "pickle": (pickle.dumps(HARM, 2), "cannot be read"),
-    "newer pickle": (pickle.dumps(HARM, 5), "cannot be read"),
+    "empty": (b"", "it is empty"),
+    "page": (b"\n<!DOCTYPE html><html>Not found</html>", "it is a web page; download the file itself"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a Git LFS pointer"),
+    "text": (b"some text", "it is cut short, or another kind of file"),
+    "pickle": (pickle.dumps(HARM, 2), "asks for posix.system, which could run code"),
+    "newer pickle": (pickle.dumps(HARM, 5), "asks for posix.system, which could run code"),
     "saved": (HARM, "asks for posix.system, which could run code"),
     "module": (linear(4, 2), "asks for torch.nn.modules.container.Sequential, which could run code"),
 }
