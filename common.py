@@ -5,6 +5,7 @@ this file for all else. Images are [N, 3, H, W]: uint8 while stored on the devic
 """
 import argparse
 import ast
+import codecs
 import contextlib
 import copy
 import datetime
@@ -15,6 +16,7 @@ import io
 import json
 import math
 import os
+import pickle
 import pickletools
 import re
 import shutil
@@ -224,25 +226,55 @@ def steps_per_epoch(n, batch_size):
     return max(n // batch_size, 1)
 
 
+def _builtin_dtype(name, *_):
+    """np.dtype(name) for numbers, uncopied: a pickle could alter a copy and pass bytes off as objects."""
+    if np.dtype(name).kind not in "biuf":
+        raise pickle.UnpicklingError(f"it asks for dtype {name}")
+    return np.dtype(name)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads NumPy arrays of numbers and builtin containers and refuses all else: no file can run code."""
+
+    parts = {part.__name__: part for part in (
+        np.ndarray, np.uint8(0).__reduce__()[0],                                # scalar
+        np.zeros(1).__reduce_ex__(2)[0], np.zeros(1).__reduce_ex__(5)[0])}      # _reconstruct, _frombuffer
+    parts["dtype"] = _builtin_dtype
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "numpy" and name in self.parts:
+            return self.parts[name]
+        if (module, name) == ("_codecs", "encode"):
+            return codecs.encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which arrays do not need")
+
+
 def load_extra(path, data):
     """Extra training images and (pseudo-)labels, uint8 [M, 3, H, W] and int64 [M], on the device of `data`.
 
-    The .npz at `path` holds `image`, uint8 [M, H, W, 3] of the size that `data` has, and `label`, integers
+    FILE.npz holds `image` and `label`; another name is read as RST's pickle, `data` and
+    `extrapolated_targets`. The images must be uint8 [M, H, W, 3] of the size that `data` has, the labels
     among its classes, or UserError.
     """
+    images, labels = ("image", "label") if path.endswith(".npz") else ("data", "extrapolated_targets")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            x, y = file["image"], file["label"]
-    except Exception as error:  # a broken or foreign file fails in many ways
-        raise UserError(f"--extra-data {path} must be an .npz of arrays 'image' and 'label'; --help says how "
-                        f"RST's pickle becomes one ({type(error).__name__}: {error})") from None
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as file:
+                x, y = file[images], file[labels]
+        else:
+            with open(path, "rb") as file:
+                content = ArrayUnpickler(file).load()
+            x, y = np.asarray(content[images]), np.asarray(content[labels])
+    except Exception as error:  # a broken or hostile file fails in many ways
+        raise UserError(f"--extra-data {path} must hold arrays {images!r} and {labels!r}; reading failed "
+                        f"with {type(error).__name__}: {error}") from None
     height, width = data.x_train.shape[2:]
     if x.dtype != np.uint8 or x.shape[1:] != (height, width, 3) or len(x) == 0:
-        raise UserError(f"--extra-data {path}: 'image' must be uint8 [M, {height}, {width}, 3], "
+        raise UserError(f"--extra-data {path}: {images!r} must be uint8 [M, {height}, {width}, 3], "
                         f"not {x.dtype} {list(x.shape)}")
     integers = np.issubdtype(y.dtype, np.integer) and y.shape == (len(x),)
     if not integers or y.min() < 0 or y.max() >= data.classes:
-        raise UserError(f"--extra-data {path}: 'label' must be {len(x)} integers in 0..{data.classes - 1}")
+        raise UserError(f"--extra-data {path}: {labels!r} must be {len(x)} integers in 0..{data.classes - 1}")
     return to_tensors(x, y, data.x_train.device)
 
 

@@ -1,7 +1,7 @@
 """Lemma 4.2, measured: how the input gradient of a deep ReLU network grows with its width m and depth H.
 
     python theory_check.py                          # three regimes; 53 s on 2 busy CPU cores, 0.8 GB
-    python theory_check.py --json lemma.json        # with every number in a file
+    python theory_check.py --plot lemma.png --json lemma.json       # with the figure and every number
 
 The lemma: ‖∇ₓL(f(x'), y)‖₂ = O(√(mH)) for every x' in B(x, ε) and all W within R/√m of their initialization,
 in Frobenius norm, each layer, if m ≥ max(d, Ω(H log H)) and R/√m + ε ≤ c / (H⁶ (log m)³). Its constants are
@@ -19,6 +19,7 @@ interval is Student's 95 % over seeds, each of which draws new weights and point
 or √H. A finite width bends the powers by about H/m: 100 seeds from m = 64 on give the fan-in regime 0.52
 [0.51, 0.53], where theory has 0.5. All is float64: the lemma's radius can be as small as 1e-10.
 """
+import io
 import math
 import time
 import zlib
@@ -334,6 +335,32 @@ def verdict(rows, initial):
     return "; ".join(said)
 
 
+def plot(path, regimes, width_sweep, depth_sweep):
+    """Median ‖∇ₓf‖₂ against m and H, of each regime at initialization and, dotted, in its last situation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    labels = f"width m (H = {width_sweep[0][1]})", f"depth H (m = {depth_sweep[0][0]})"
+    for axis, (panel, sweep) in enumerate(zip(panels, (width_sweep, depth_sweep))):
+        sizes = [size[axis] for size in sweep]
+        panel.plot(sizes, [math.sqrt(m * depth) for m, depth in sweep], "k--", label="√(mH)")
+        for regime, colour in zip(regimes, ("tab:blue", "tab:orange", "tab:green")):
+            for situation, marker in (regime["fits"][-1]["situation"], "s:"), (INITIAL, "o-"):
+                medians = {(row["m"], row["depth"]): row["f_median"] for row in regime["measurements"]
+                           if row["situation"] == situation}
+                panel.plot(sizes, [medians[size] for size in sweep], marker, color=colour,
+                           label=f"{regime['name']}, {situation}")
+        panel.set(xscale="log", yscale="log", xlabel=labels[axis])
+        panel.set_xticks(sizes, sizes)
+        panel.minorticks_off()
+    panels[0].set_ylabel("‖∇ₓf‖₂, median")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:], dpi=200)
+    common.write_file(path, content.getvalue())
+
+
 # ------------------------------------------------------------------------------------------------------- main
 
 
@@ -352,6 +379,7 @@ def parse(argv):
         help="R/√m, the Frobenius radius around each layer's initialization, one for each --eps")
     add("--c", type=number(above=True), default=1.0, help="the c of R/√m + ε ≤ c / (H⁶ (log m)³)")
     add("--json", metavar="FILE", help="write every number to FILE")
+    add("--plot", metavar="FILE", help="draw the norms to FILE, a .png, .pdf or .svg (needs matplotlib)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     args.widths, args.depths = sorted(set(args.widths)), sorted(set(args.depths))
@@ -362,8 +390,16 @@ def parse(argv):
         raise UserError("--search-seeds 1: an interval over seeds needs at least two, or 0 for no search")
     if len(args.eps) != len(args.radius):
         raise UserError(f"{len(args.eps)} --eps and {len(args.radius)} --radius: give as many of each")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"{args.json}: there is no folder {Path(args.json).parent}")
+    for path in filter(None, (args.json, args.plot)):
+        if not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{path}: there is no folder {Path(path).parent}")
+    if args.plot:
+        if Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     return args
 
 
@@ -387,6 +423,8 @@ def main(argv):
             say(f"  {fitted['situation']:<32}{m:>26}{h:>26}{fitted['max_ratio']:>12.3g}")
         say(f"  {regimes[-1]['verdict']}\n")
     seconds = time.perf_counter() - began
+    if args.plot:
+        plot(args.plot, regimes, width_sweep, depth_sweep)
     if args.json:
         common.write_json(args.json, {"settings": vars(args), "seconds": seconds, "regimes": regimes})
     say(f"{common.duration(seconds)} on the {device.type}")

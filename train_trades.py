@@ -10,13 +10,10 @@ A row of the paper is a --width and a --beta (6, 12 or 18 in the figures) of one
     python train_trades.py --arch densenet --depth 40 --width 12 --beta 18  # Table 2 and Fig. 9: DenseNet-BC
     python train_trades.py --width 10 --schedule step               # Fig. 2: the schedule of TRADES
 
-or, with 500K extra images (RST, Carmon et al. 2019; App. C and G), of WideResNet-28; their pickle becomes an
-.npz once (a pickle can run code: take it from their page alone):
+or, with 500K extra images (RST, Carmon et al. 2019; App. C and G), of WideResNet-28:
 
-    python -c "import numpy, pickle; d = pickle.load(open('ti_500K_pseudo_labeled.pickle', 'rb')); \\
-        numpy.savez('data/500k.npz', image=d['data'], label=d['extrapolated_targets'])"
-    python train_trades.py --extra-data data/500k.npz --depth 28 --width 10 --beta 6 --epochs 200 \\
-        --schedule cosine --batch-size 256 --weight-decay 5e-4 --nesterov
+    python train_trades.py --extra-data data/ti_500K_pseudo_labeled.pickle --depth 28 --width 10 --beta 6 \\
+        --epochs 200 --schedule cosine --batch-size 256 --weight-decay 5e-4 --nesterov
 
 or, with generated images and today's other ingredients (Wang et al. 2023; the .npz, with `image` and `label`,
 is their project's: huggingface.co/datasets/P2333/DM-Improves-AT):
@@ -60,7 +57,7 @@ def trades_loss(model, x, x_adv, y, beta, label_smoothing=0.0):
 
 def main(argv):
     parser = common.training_parser(__file__, __doc__)
-    parser.add_argument("--extra-data", metavar="FILE", help="more images: an .npz of `image`, `label`")
+    parser.add_argument("--extra-data", metavar="FILE", help="more images: RST's pickle, or an .npz")
     parser.add_argument("--extra-fraction", type=number(0, 1), metavar="F",
                         help="their share of each batch; with --extra-data 0.5 unless given")
     args, device = common.start(parser, argv)

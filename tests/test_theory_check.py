@@ -252,13 +252,26 @@ def test_same_seeds_give_the_same_numbers(small, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["regimes"] == small["regimes"]
 
 
+def test_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    for options, name in (([], "off.png"), (["--search-seeds", "0"], "start.pdf")):
+        theory_check.main([*SMALL, *options, "--plot", str(tmp_path / name)])
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        theory_check.main([*SMALL, "--plot", str(tmp_path / "plot.png")])
+
+
 @pytest.mark.parametrize("options, named", [
     (["--widths", "-4", "8"], "--widths"), (["--widths", "64"], "two different"),
     (["--depths", "0", "1"], "--depths"), (["--depths", "2", "2"], "two different"),
     (["--inputs", "0"], "--inputs"), (["--seeds", "1"], "--seeds"), (["--search-seeds", "1"], "at least two"),
     (["--points", "x"], "--points"), (["--eps", "-0.1"], "--eps"), (["--radius", "nan"], "--radius"),
     (["--eps", "0.1", "1"], "as many"), (["--c", "0"], "--c"), (["--device", "nowhere"], "--device"),
-    (["--json", "missing/r.json"], "missing"), (["--full"], "--full")])
+    (["--json", "missing/r.json"], "missing"), (["--plot", "plot.txt"], ".png"), (["--full"], "--full")])
 def test_nonsense_is_refused(options, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=named):
