@@ -562,7 +562,7 @@ def set_execution(model, device, precision, compile, images):
             warnings.simplefilter("ignore")
             torch.backends.cudnn.allow_tf32 = False  # matrix products are without it anyway
     measured = ""
-    if precision != "fp32" and not hasattr(model, "precision"):
+    if precision != "fp32" and not hasattr(type(model), "precision"):
         raise UserError(f"--precision {precision}: {type(model).__name__} knows fp32 alone, being no Network")
     if precision == "auto":
         seconds = measure_precisions(model, images)

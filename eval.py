@@ -38,7 +38,9 @@ METRICS = dict(zip(common.METRICS, ("natural", "robust", "stability")), label_fr
 EPS, STEP_SIZE = {"linf": 0.031, "l2": 0.5}, {"linf": 0.003, "l2": 0.05}  # 20 steps can cross the ball
 RECIPE = ("epochs", "schedule", "lr", "weight_decay", "batch_size", "train_size", "extra_data",
           "extra_fraction", "val_size", "init", "nesterov", "no_norm_decay", "no_flip", "label_smoothing",
-          "activation", "ema", "warmup", "gamma", "eps", "step_size", "steps")
+          "activation", "ema", "warmup", "gamma", "eps", "step_size", "steps", "alpha")
+FAST = ("of Fast AT on ImageNet, which eval.py does not evaluate; metrics.json has the results, and the run's "
+        "own command with other --restarts tests it again")
 ZOO, THREATS = "robustbench:", {"linf": "Linf", "l2": "L2"}
 AUTOATTACK = "pyautoattack"  # on PyPI, by AutoAttack's authors
 
@@ -88,7 +90,7 @@ def arguments(argv):
 
 
 def locate(path, preferred):
-    """(file, "best", "last" or None) to read for a PATH, None for a folder without a checkpoint.
+    """(file, "best", "last" or None) to read for a PATH; None for a folder that has nothing for us to read.
 
     A folder without best.pt has its last.pt read.
     """
@@ -98,11 +100,15 @@ def locate(path, preferred):
         raise UserError(f"{path}: no such file")
     if not path.is_dir():
         return path, None
+    if (path / "args.json").exists() and "crops" in common.read_json(path / "args.json"):
+        say(f"warning: {path} is {FAST}: left out", sys.stderr)
+        return None
     names = list(dict.fromkeys([f"{preferred}.pt", "last.pt"]))
     for name in names:
         if (path / name).exists():
             return path / name, Path(name).stem
     say(f"warning: {path} is a folder without {' or '.join(names)}: left out", sys.stderr)
+    return None
 
 
 def guess_network(state, file):
@@ -156,16 +162,15 @@ def load(file, args, device):
     saved, state = saved if isinstance(saved, dict) else {}, common.parameters_of(saved)
     settings = saved.get("args")
     settings = settings if isinstance(settings, dict) and "method" in settings else {}
-    if settings and "arch" not in settings:
-        raise UserError(f"{file} is of Fast AT on ImageNet, which eval.py does not evaluate; metrics.json "
-                        "has the results, and the run's own command with other --restarts tests it again")
+    if "crops" in settings:
+        raise UserError(f"{file} is {FAST}")
     normalization = None
     if "0.mean" in state:  # RST with `normalize_input`: a Sequential of the normalization and the network
-        normalization = [state.pop(key).view(1, 3, 1, 1).to(device) for key in ("0.mean", "0.std")]
+        normalization = [state.pop(key).float().view(1, 3, 1, 1).to(device) for key in ("0.mean", "0.std")]
         state = {key.removeprefix("1."): value for key, value in state.items()}
 
-    described = settings or guess_network(state, file)
-    network = {key: described.get(key) for key in ("arch", "depth", "width")}
+    named = settings if {"arch", "depth", "width"} <= settings.keys() else guess_network(state, file)
+    network = {key: named[key] for key in ("arch", "depth", "width")}
     if network["arch"] not in common.NETWORKS:
         raise UserError(f"{file} holds a network {network['arch']!r}, unknown to NETWORKS in common.py")
     dataset = args.dataset or settings.get("dataset", "cifar10")
@@ -268,10 +273,11 @@ def evaluate_all(args, results):
     located = [(path, locate(Path(path), args.checkpoint)) for path in args.paths
                if args.attack or path.endswith(".json")]
     if located and not any(found for _, found in located):
-        raise UserError("there is no checkpoint in any of these folders")
+        raise UserError("there is no checkpoint to evaluate in any of these folders")
     for path, (file, chosen) in [(path, found) for path, found in located if found]:
         if file.suffix == ".json":
             results.extend(earlier_results(file))
+            write_results(args, results)
             continue
         zoo = path.startswith(ZOO)
         model, data, settings, facts = (load_zoo(path.removeprefix(ZOO), args, device) if zoo else
@@ -587,8 +593,6 @@ def main(argv):
     finally:
         if results:
             say(text_table(table(results, args.merge_seeds)))
-    if results:
-        write_results(args, results)  # earlier results alone can be joined and written too
     if args.plot:
         plot(args, results)
 

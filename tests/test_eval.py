@@ -274,9 +274,13 @@ def test_interrupted_it_has_written_what_was_finished(folder, monkeypatch):
 
 
 def test_a_folder_without_a_checkpoint_is_left_out_with_a_warning(folder, tmp_path, capsys):
-    row, = run(folder, "--eval-size", 20, "--steps", 1, paths=(tmp_path, "run"))
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "fast" / "args.json").write_text('{"crops": [128, 224, 288]}')
+    row, = run(folder, "--eval-size", 20, "--steps", 1, paths=(tmp_path, tmp_path / "fast", "run"))
     assert row["path"] == str(folder / "run")
-    assert f"warning: {tmp_path} is a folder without best.pt or last.pt: left out" in capsys.readouterr().err
+    warnings = capsys.readouterr().err
+    assert f"warning: {tmp_path} is a folder without best.pt or last.pt: left out" in warnings
+    assert f"warning: {tmp_path / 'fast'} is of Fast AT on ImageNet" in warnings
 
 
 def test_earlier_results_join_the_table(folder, row, capsys):
@@ -348,7 +352,7 @@ def test_runs_that_differ_in_their_seed_merge_into_one_line(row, tmp_path, capsy
 
 @pytest.mark.parametrize("flags, message", [
     (["missing.pt"], "missing.pt: no such file"),
-    (["empty"], "no checkpoint in any of these folders"),
+    (["empty"], "no checkpoint to evaluate in any of these"),
     (["corrupt.pt"], "corrupt.pt cannot be read as a checkpoint"),
     (["tensor.pt"], "holds no WideResNet or DenseNet-BC"),
     (["fast.pt"], "fast.pt is of Fast AT on ImageNet"),
@@ -371,7 +375,7 @@ def test_mistakes_are_user_errors_of_one_line(folder, row, tmp_path, monkeypatch
     np.savez(folder / "few.npz", **{**np.load(folder / "toy.npz"), "y_train": np.arange(1000) % 5,
                                     "y_test": np.arange(200) % 5})
     torch.save(torch.zeros(3), "tensor.pt")
-    torch.save({"model": {}, "args": {"method": "fast_imagenet", "width": 1.0}}, "fast.pt")
+    torch.save({"model": {}, "args": {"method": "fast_imagenet", "width": 1.0, "crops": [1]}}, "fast.pt")
     with pytest.raises(common.UserError) as error:
         evaluation.main([*flags])
     assert message in str(error.value) and "\n" not in str(error.value)
