@@ -39,8 +39,8 @@ EPS, STEP_SIZE = {"linf": 0.031, "l2": 0.5}, {"linf": 0.003, "l2": 0.05}  # 20 s
 RECIPE = ("epochs", "schedule", "lr", "weight_decay", "batch_size", "train_size", "extra_data",
           "extra_fraction", "val_size", "init", "nesterov", "no_norm_decay", "no_flip", "label_smoothing",
           "activation", "ema", "warmup", "gamma", "eps", "step_size", "steps", "alpha")
-FAST = ("of Fast AT on ImageNet, which eval.py does not evaluate; metrics.json has the results, and the run's "
-        "own command with other --restarts tests it again")
+FAST = ("of Fast AT on ImageNet, which eval.py does not evaluate; metrics.json has the results, and the "
+        "run's own command with other --restarts tests it again")
 ZOO, THREATS = "robustbench:", {"linf": "Linf", "l2": "L2"}
 AUTOATTACK = "pyautoattack"  # on PyPI, by AutoAttack's authors
 
