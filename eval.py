@@ -287,7 +287,7 @@ def evaluate_all(args, results):
         usual = EPS if own is None else {**EPS, "linf": own}
         eps = usual[norm] if args.eps is None else args.eps
         if own is not None and norm == "linf" and abs(eps - own) > 1e-9:
-            say(f"warning: {file} was trained with ε = {own:.9g}, --eps attacks with {eps:.9g}", sys.stderr)
+            say(f"warning: {file} has ε = {own:.9g} of its own, --eps attacks with {eps:.9g}", sys.stderr)
         index = data.test_subset(args.eval_size)
         x, y = data.x_test[index], data.y_test[index]
         lipschitz = {}
