@@ -782,7 +782,7 @@ def test_a_run_does_not_go_on_with_other_code_unless_told_to(tiny, tmp_path):
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert before == contents(tmp_path / "run")
     assert "train_trades.py changed since; choose another --out, or --accept-changed-code" in refused.stderr
-    accepted = edited(shared, "0.001 * torch", "0.002 * torch", "--accept-changed-code")
+    accepted = edited(shared, "0.001 * drawn", "0.002 * drawn", "--accept-changed-code")
     assert accepted.returncode == 0 and "1 of 1 epochs done" in accepted.stdout
     assert common.read_json(tmp_path / "run" / "args.json")["code"] == {
         path.name: common.fingerprint(path) for path in (script, shared)}  # the run's code from now on

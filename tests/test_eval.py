@@ -138,7 +138,7 @@ def test_radius_is_that_of_training_unless_told_otherwise(folder, capsys):
     assert same["attack"] == own["attack"] and capsys.readouterr().err == ""
     other, = run(folder, *flags, "--eps", "10/255")
     warning, = capsys.readouterr().err.splitlines()
-    assert other["attack"]["eps"] == 10 / 255 and "ε = 0.04," in warning and "0.039215" in warning
+    assert other["attack"]["eps"] == 10 / 255 and "ε = 0.04 of its own," in warning and "0.039215" in warning
     l2, = run(folder, *flags, "--norm", "l2")
     assert l2["attack"] == asdict(Attack(norm="l2", eps=0.5, step_size=0.05, steps=1))
     assert capsys.readouterr().err == ""
