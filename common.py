@@ -481,7 +481,7 @@ def load_weights(model, state, source):
     wrong += [key for key in state if key not in own]
     if wrong:
         raise UserError(f"{source} holds another network: {len(wrong)} parameters are missing, unknown or of "
-                        f"another shape, {wrong[0]} first; check --arch, --depth, --width and the classes")
+                        f"another shape, {wrong[0]} first; check architecture, depth, width and classes")
     model.load_state_dict(state, strict=False)
 
 

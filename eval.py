@@ -270,11 +270,11 @@ def wilson(p, n, z=1.959964):
 def evaluate_all(args, results):
     """Append to `results` for each path and attack; write the files asked for after each."""
     device = common.pick_device(args.device)
-    located = [(path, locate(Path(path), args.checkpoint)) for path in args.paths
-               if args.attack or path.endswith(".json")]
-    if located and not any(found for _, found in located):
+    wanted = [path for path in args.paths if args.attack or path.endswith(".json")]
+    located = [(path, *found) for path in wanted if (found := locate(Path(path), args.checkpoint))]
+    if wanted and not located:
         raise UserError("there is no checkpoint to evaluate in any of these folders")
-    for path, (file, chosen) in [(path, found) for path, found in located if found]:
+    for path, file, chosen in located:
         if file.suffix == ".json":
             results.extend(earlier_results(file))
             write_results(args, results)
