@@ -1,29 +1,25 @@
-"""What every experiment shares: data, networks, attacks, schedules, metrics and the run folder.
+"""What every experiment shares: data, networks, execution, attacks, schedules, metrics, the run folder.
 
-No loss or loop of a method lives here: a training script reads top to bottom as its experiment and calls
-this file for all else. Images are [N, 3, H, W]: uint8 while stored on the device, float32 once batched.
+No loss or loop of a method lives here. A training script reads top to bottom as its experiment and calls this
+file for all else. Images are [N, 3, H, W]: uint8 while stored on the device, float32 in [0, 1] once batched.
 """
 import argparse
 import ast
-import codecs
 import contextlib
 import copy
 import datetime
-import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
-import pickle
-import pickletools
-import re
 import shutil
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # Before PyTorch: threads that wait by spinning slow each other many times over when another job runs.
@@ -34,14 +30,14 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 class UserError(Exception):
-    """A mistake of the user's: `launch` prints it as one line and ends with exit status 2."""
-
-
-# Under torchrun each process has its share of every batch and evaluation; without it, all of them.
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+    """A mistake that a user can make. `launch` prints it as one line and ends with exit status 2."""
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -49,43 +45,55 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclass
 class Data:
-    x_train: torch.Tensor  # [N, 3, H, W] uint8, on the device
+    """A data set on the device, and a hash of all its files hold."""
+    x_train: torch.Tensor  # [N, 3, H, W] uint8
     y_train: torch.Tensor  # [N] int64
     x_test: torch.Tensor
     y_test: torch.Tensor
     classes: int
+    hash: str
     x_val: torch.Tensor = None  # with --val-size: held out of the training images
     y_val: torch.Tensor = None
 
-    def test_subset(self, n):
-        """Indices of n random test images, the same ones in every run; of all in order if n is None."""
+    def __len__(self):
+        return len(self.x_train)
+
+    def test(self, n=None):
+        """(x, y) of n random test images, the same ones in every run. All of them in order if n is None."""
         if n is None:
-            return torch.arange(len(self.x_test))
-        return torch.randperm(len(self.x_test), generator=torch.Generator().manual_seed(0))[:n]
+            return self.x_test, self.y_test
+        some = torch.randperm(len(self.x_test), generator=torch.Generator().manual_seed(0))[:n]
+        return self.x_test[some], self.y_test[some]
 
 
 def load_data(name, data_dir, device, train_size=None, seed=0, val_size=0):
     """The data set `name` as a `Data` on `device`.
 
-    DATA_DIR/NAME.npz if it is there (x_train, y_train, x_test, y_test; images uint8 [N, H, W, 3], the layout
-    Keras uses); else "synthetic" is generated, and "cifar10" and "cifar100" come from torchvision, which
-    downloads them. `val_size` random training images are held out, and `train_size` others are kept (None:
-    all); which ones follows from `seed`, and the kept ones not from `val_size`. Raises UserError.
+    Reads DATA_DIR/NAME.npz if it is there: x_train, y_train, x_test, y_test, as Keras lays them out. Images
+    are uint8 [N, H, W, 3], or gray [N, H, W]. Else torchvision reads or downloads "cifar10" and "cifar100",
+    and "synthetic" is generated. `val_size` random training images are held out and `train_size` others kept
+    (None: all). Which ones follows from `seed`. Raises UserError.
     """
-    path = Path(data_dir) / f"{name}.npz"
+    path = Path(data_dir).expanduser() / f"{name}.npz"
     if path.exists():
-        arrays, source = _read_npz(path), str(path)
+        arrays, source = read_npz(path, "x_train", "y_train", "x_test", "y_test"), str(path)
     elif name == "synthetic":
         arrays, source = synthetic(), "synthetic"
     elif name in ("cifar10", "cifar100"):
-        arrays, source = _torchvision_cifar(name, data_dir, path), str(data_dir)
+        arrays, source = _torchvision_cifar(name, path), str(data_dir)
     else:
         raise UserError(f"no data set {name!r}: {path} is missing; built in: cifar10, cifar100, synthetic")
-    x_train, y_train, x_test, y_test = _checked(arrays, source)
-    classes = {"cifar10": 10, "cifar100": 100}.get(name, max(int(y_train.max()) + 1, 1))
-    low, high = (int(of(of(y_train), of(y_test))) for of in (min, max))
-    if low < 0 or high >= classes:
-        raise UserError(f"{source}: labels must lie in 0..{classes - 1}; found {low}..{high}")
+    x_train, y_train, x_test, y_test = arrays
+    x_train, y_train = checked(x_train, y_train, source, "x_train", "y_train")
+    x_test, y_test = checked(x_test, y_test, source, "x_test", "y_test")
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise UserError(f"{source}: training and test images differ in size")
+    classes = int(y_train.max()) + 1
+    odd = {*y_train.tolist()} ^ {*range(classes)} | {*y_test.tolist()} - {*y_train.tolist()}
+    if odd:
+        raise UserError(f"{source}: labels must be 0..{classes - 1}, each on some training image; "
+                        f"that fails for {', '.join(map(str, sorted(odd)[:10]))}")
+    digest = hashed(x_train, y_train, x_test, y_test)
     held_out = None, None
     if train_size or val_size:
         kept = train_size or max(len(x_train) - val_size, 1)
@@ -96,57 +104,70 @@ def load_data(name, data_dir, device, train_size=None, seed=0, val_size=0):
         if val_size:
             held_out = to_tensors(x_train[order[-val_size:]], y_train[order[-val_size:]], device)
         x_train, y_train = x_train[order[:kept]], y_train[order[:kept]]
-    splits = *to_tensors(x_train, y_train, device), *to_tensors(x_test, y_test, device)
-    return Data(*splits, classes, *held_out)
+    return Data(*to_tensors(x_train, y_train, device), *to_tensors(x_test, y_test, device), classes, digest,
+                *held_out)
+
+
+def checked(x, y, source, x_name, y_name):
+    """Arrays as uint8 [N, H, W, 3] (gray becomes three equal channels) and integers [N], or UserError."""
+    if x.ndim == 3 or x.ndim == 4 and x.shape[3] == 1:
+        x = np.repeat(x.reshape(*x.shape[:3], 1), 3, axis=3)
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or len(x) == 0:
+        raise UserError(f"{source}: {x_name} must be uint8 [N, H, W, 3] or gray [N, H, W], "
+                        f"not {x.dtype} {list(x.shape)}")
+    if x.max() <= 1:
+        raise UserError(f"{source}: {x_name} has no pixel above 1; pixels must be 0..255")
+    y = y[:, 0] if y.shape == (len(x), 1) else y  # Keras keeps CIFAR's labels as a column
+    if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
+        raise UserError(f"{source}: {y_name} must be {len(x)} integers, not {y.dtype} {list(y.shape)}")
+    return x, y.astype(np.int64)
 
 
 def to_tensors(x, y, device):
-    """uint8 [N, H, W, 3], integer [N] arrays → [N, 3, H, W] (channels_last) and int64 [N], on the device."""
+    """uint8 [N, H, W, 3] and int64 [N] arrays → [N, 3, H, W] (channels_last) and [N], on the device."""
     images = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
-    return images.to(device), torch.from_numpy(y.astype(np.int64)).to(device)
+    return images.to(device), torch.from_numpy(y).to(device)
 
 
-def _read_npz(path):
+def hashed(*parts):
+    """16 hexadecimal digits that stand for arrays and strings."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).data)
+    return digest.hexdigest()[:16]
+
+
+def read_npz(path, *names):
+    """The arrays of an .npz file with these names, or UserError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
+        with np.load(Path(path).expanduser(), allow_pickle=False) as file:
+            return [file[name] for name in names]
     except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]}; it needs x_train, y_train, x_test, y_test") from None
+        raise UserError(f"{path}: {error.args[0]}; it needs {', '.join(names)}") from None
     except Exception as error:  # truncated and foreign files fail in many ways, from zipfile, zlib or numpy
         raise UserError(f"{path} cannot be read as a NumPy .npz file: {error}") from None
 
 
-def _checked(arrays, source):
-    for split in ("train", "test"):
-        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or len(x) == 0:
-            raise UserError(f"{source}: x_{split} must be uint8 [N, H, W, 3], not {x.dtype} {list(x.shape)}")
-        if y.shape == (len(x), 1):  # Keras keeps CIFAR's labels as a column
-            y = arrays[f"y_{split}"] = y[:, 0]
-        if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
-            raise UserError(f"{source}: y_{split} must be {len(x)} integers, not {y.dtype} {list(y.shape)}")
-    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
-        raise UserError(f"{source}: training and test images differ in size")
-    return (arrays[key] for key in ("x_train", "y_train", "x_test", "y_test"))
-
-
-def _torchvision_cifar(name, data_dir, npz):
+def _torchvision_cifar(name, npz):
     from torchvision import datasets
 
-    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    Path(data_dir).mkdir(parents=True, exist_ok=True)
-    folder = os.open(data_dir, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # of a network file system without locks
-        fcntl.flock(folder, fcntl.LOCK_EX)  # one process downloads, the others wait for it
+    dataset, folder = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name], npz.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder, wait=True)  # one process downloads, the others wait for it
     try:
-        splits = [dataset(str(data_dir), train=train, download=True) for train in (True, False)]
+        splits = [dataset(str(folder), train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, no space, a broken archive: urllib, OSError or RuntimeError
-        raise UserError(f"no {npz} or {Path(data_dir) / dataset.base_folder}, and the download failed "
-                        f"({error}); put the data there, or try --dataset synthetic") from None
+        batches = folder / dataset.base_folder
+        found = f"no {npz} or {batches}"
+        if batches.exists():
+            found = f"{batches} has not the files that torchvision expects, by their checksums"
+        elif (folder / dataset.meta["filename"]).exists():
+            found = f"--data-dir must be the folder above, {folder.resolve().parent}"
+        raise UserError(f"{found}; the download failed ({error}); --dataset synthetic needs none") from None
     finally:
-        os.close(folder)
-    return {f"{letter}_{split}": array for split, part in zip(("train", "test"), splits)
-            for letter, array in (("x", part.data), ("y", np.array(part.targets)))}
+        if held:
+            held.close()
+    return [array for split in splits for array in (split.data, np.array(split.targets))]
 
 
 def synthetic(n_train=5000, n_test=500, seed=0):
@@ -154,8 +175,8 @@ def synthetic(n_train=5000, n_test=500, seed=0):
 
     On grey noise lie a square of one of ten colours, amplitude 0.25 and right 80 % of the time, and two class
     textures: one fainter than ε = 0.031 and always right, one a little stronger than ε and right 90 % of the
-    time. Plain training lives on the first texture and is not robust at all; the larger β, the more a network
-    relies on the square. Returns the arrays of an .npz (`load_data`).
+    time. Plain training lives on the first texture and is not robust at all. The larger β, the more a network
+    relies on the square. Returns x_train, y_train, x_test, y_test as an .npz has them.
     """
     rng = np.random.default_rng(seed)
     corners = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3), -1).reshape(27, 3)
@@ -178,9 +199,7 @@ def synthetic(n_train=5000, n_test=500, seed=0):
         x += square * 0.25 * colours[shown(0.8)][:, None, None, :]
         return np.uint8(np.clip(x, 0, 1) * 255 + 0.5), y
 
-    x_train, y_train = split(n_train)
-    x_test, y_test = split(n_test)
-    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+    return *split(n_train), *split(n_test)
 
 
 def to_float(images):
@@ -202,133 +221,63 @@ def crop_flip(images, top, left, flip, padding=4):
     return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def random_crop_flip(images, flip=True, padding=4):
-    """Random crop (zero padding) and, with `flip`, mirroring, drawn for each image, on the images' device."""
-    n, device = WORLD * len(images), images.device  # drawn for all processes, used for this one
-    top, left = torch.randint(0, 2 * padding + 1, (2, n), device=device)[:, RANK::WORLD]
-    return crop_flip(images, top, left, torch.rand(n, device=device)[RANK::WORLD] < 0.5 * flip, padding)
+def batches(data, batch_size, flip=True, extra=None, fraction=0.5):
+    """One epoch as (float32 images in [0, 1], labels), shuffled, cropped and mirrored at random.
 
-
-def batches(x, y, batch_size, flip=True):
-    """One epoch: x uint8 [N, 3, H, W] and y [N] in a fresh order, augmented, as (float32 in [0, 1], labels).
-
-    All batches have the same size, so that compiled code sees one shape: what is left over after the last
-    full batch is dropped, other images each epoch. Nothing here waits for the device. Under torchrun it is
-    this process's share of each batch.
+    All batches have the same size, so that compiled code sees one shape. What is left over after the last
+    full batch is dropped, other images each epoch. With `extra` = (images, labels) a share `fraction` of each
+    batch comes from there. An epoch is as many batches as the labelled images alone make. Nothing here waits
+    for the device. (RST's release draws extra images with replacement. Here all come before one comes again.)
     """
-    order = torch.randperm(len(x), device=x.device)
-    for index in order.split(batch_size)[:steps_per_epoch(len(x), batch_size)]:
-        index = index[RANK:len(index) // WORLD * WORLD:WORLD]  # as many in each process
-        yield to_float(random_crop_flip(x[index], flip)), y[index]
-
-
-def steps_per_epoch(n, batch_size):
-    return max(n // batch_size, 1)
-
-
-def _builtin_dtype(name, *_):
-    """np.dtype(name) for numbers, uncopied: a pickle could alter a copy and pass bytes off as objects."""
-    if np.dtype(name).kind not in "biuf":
-        raise pickle.UnpicklingError(f"it asks for dtype {name}")
-    return np.dtype(name)
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy arrays of numbers and builtin containers and refuses all else: no file can run code."""
-
-    parts = {part.__name__: part for part in (
-        np.ndarray, np.uint8(0).__reduce__()[0],                                # scalar
-        np.zeros(1).__reduce_ex__(2)[0], np.zeros(1).__reduce_ex__(5)[0])}      # _reconstruct, _frombuffer
-    parts["dtype"] = _builtin_dtype
-
-    def find_class(self, module, name):
-        if module.split(".")[0] == "numpy" and name in self.parts:
-            return self.parts[name]
-        if (module, name) == ("_codecs", "encode"):
-            return codecs.encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which arrays do not need")
-
-
-def load_extra(path, data):
-    """Extra training images and (pseudo-)labels, uint8 [M, 3, H, W] and int64 [M], on the device of `data`.
-
-    FILE.npz holds `image` and `label`; another name is read as RST's pickle, `data` and
-    `extrapolated_targets`. The images must be uint8 [M, H, W, 3] of the size that `data` has, the labels
-    among its classes, or UserError.
-    """
-    images, labels = ("image", "label") if path.endswith(".npz") else ("data", "extrapolated_targets")
-    try:
-        if path.endswith(".npz"):
-            with np.load(path, allow_pickle=False) as file:
-                x, y = file[images], file[labels]
-        else:
-            with open(path, "rb") as file:
-                content = ArrayUnpickler(file).load()
-            x, y = np.asarray(content[images]), np.asarray(content[labels])
-    except Exception as error:  # a broken or hostile file fails in many ways
-        raise UserError(f"--extra-data {path} must hold arrays {images!r} and {labels!r}; reading failed "
-                        f"with {type(error).__name__}: {error}") from None
-    height, width = data.x_train.shape[2:]
-    if x.dtype != np.uint8 or x.shape[1:] != (height, width, 3) or len(x) == 0:
-        raise UserError(f"--extra-data {path}: {images!r} must be uint8 [M, {height}, {width}, 3], "
-                        f"not {x.dtype} {list(x.shape)}")
-    integers = np.issubdtype(y.dtype, np.integer) and y.shape == (len(x),)
-    if not integers or y.min() < 0 or y.max() >= data.classes:
-        raise UserError(f"--extra-data {path}: {labels!r} must be {len(x)} integers in 0..{data.classes - 1}")
-    return to_tensors(x, y, data.x_train.device)
-
-
-def mixed_batches(data, x_extra, y_extra, batch_size, fraction, flip=True):
-    """`batches` with a share `fraction` of extra images; as many batches as the labelled images alone make.
-
-    Both kinds are drawn without replacement, anew each epoch, and over again once all have come. (The RST
-    release draws the extra ones with replacement; of 500,000 it takes 25,000 an epoch, so few come twice.)
-    """
-    steps = steps_per_epoch(len(data.x_train), batch_size)
-    extra = round(fraction * batch_size)
+    sources, device = [(data.x_train, data.y_train, batch_size)], data.x_train.device
+    if extra:
+        n = round(fraction * batch_size)
+        sources = [(data.x_train, data.y_train, batch_size - n), (*extra, n)]
+    steps = max(len(data) // batch_size, 1)
 
     def draw(n, share):  # [steps, share] indices of n images
-        orders = [torch.randperm(n, device=x_extra.device) for _ in range(1 + steps * share // n)]
-        return torch.cat(orders)[:steps * share].view(steps, share)
+        share = min(share, n) if steps == 1 else share  # fewer images than a batch
+        orders = [torch.randperm(n, device=device) for _ in range(1 + steps * share // n)]
+        return own_share(torch.cat(orders)[:steps * share].view(steps, share))
 
-    for labelled, pseudo in zip(draw(len(data.x_train), batch_size - extra), draw(len(x_extra), extra)):
-        x = torch.cat([data.x_train[labelled], x_extra[pseudo]])  # the order inside a batch has no effect
-        y = torch.cat([data.y_train[labelled], y_extra[pseudo]])
-        yield to_float(random_crop_flip(x[RANK::WORLD], flip)), y[RANK::WORLD]
+    orders = [draw(len(x), share) for x, _, share in sources]
+    for rows in zip(*orders):
+        x, y = (torch.cat([source[i][row] for source, row in zip(sources, rows)]) for i in (0, 1))
+        top, left = torch.randint(0, 9, (2, len(x)), device=device)
+        yield to_float(crop_flip(x, top, left, torch.rand(len(x), device=device) < 0.5 * flip)), y
+
+
+def in_order(x, y, batch_size):
+    """uint8 images and labels as batches of (float32 images in [0, 1], labels), as evaluations take them."""
+    for images, labels in zip(x.split(batch_size), y.split(batch_size)):
+        yield to_float(images), labels
 
 
 # --------------------------------------------------------------------------------------------------- networks
-
-
-def conv_bn(conv, bn, x):
-    """bn(conv(x)), conv without bias; in eval mode one convolution, the BatchNorm folded into its weights."""
-    if bn.training:
-        return bn(conv(x))
-    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-    weight, bias = conv.weight * scale.view(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
 ACTIVATIONS = {"relu": functools.partial(F.relu, inplace=True), "silu": F.silu}  # --activation
 
 
 class _Block(nn.Module):
-    """Pre-activation basic block of a WideResNet (Zagoruyko & Komodakis 2016)."""
+    """Pre-activation basic block (He et al. 2016), its shortcut named as the releases name it."""
 
-    def __init__(self, inputs, outputs, stride, activation):
+    def __init__(self, inputs, outputs, stride, activation, shortcut):
         super().__init__()
         self.act = ACTIVATIONS[activation]
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        if inputs != outputs:
-            self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.projection = shortcut if inputs != outputs else None
+        if self.projection:
+            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.add_module(shortcut, nn.Sequential(conv) if shortcut == "shortcut" else conv)
 
     def forward(self, x):
         out = self.act(self.bn1(x))
-        shortcut = self.convShortcut(out) if hasattr(self, "convShortcut") else x
-        return shortcut + self.conv2(self.act(conv_bn(self.conv1, self.bn2, out)))
+        shortcut = getattr(self, self.projection)(out) if self.projection else x
+        return shortcut + self.conv2(self.act(self.bn2(self.conv1(out))))
 
 
 class _DenseLayer(nn.Module):
@@ -343,8 +292,8 @@ class _DenseLayer(nn.Module):
         self.conv2 = nn.Conv2d(4 * growth_rate, growth_rate, 3, padding=1, bias=False)
 
     def forward(self, x):
-        out = conv_bn(self.conv1, self.bn2, self.act(self.bn1(x)))
-        return torch.cat([x, self.conv2(self.act(out))], 1)
+        out = self.conv1(self.act(self.bn1(x)))
+        return torch.cat([x, self.conv2(self.act(self.bn2(out)))], 1)
 
 
 class _Transition(nn.Module):
@@ -368,13 +317,15 @@ class _Stage(nn.Module):
 
 
 class Network(nn.Module):
-    """Images [N, 3, H, W] in [0, 1] → logits [N, classes]; a subclass has conv1, stages(), bn1 and fc.
+    """Images [N, 3, H, W] in [0, 1] → logits [N, classes]. A subclass has conv1, features(x) and classifier.
 
-    With `precision = "bf16"` the convolutions between the first and the classifier run in bfloat16. Pixels
-    and logits stay float32: in bfloat16 the step of a pixel near 1 is 0.004, an eighth of ε.
+    With `precision = "bf16"` the features are computed in bfloat16. Pixels and logits stay float32: in
+    bfloat16 the step of a pixel near 1 is 0.004, an eighth of ε.
     """
 
-    precision, act = "fp32", staticmethod(ACTIVATIONS["relu"])
+    precision = "fp32"
+    usual = 34, 10            # depth and width unless --depth and --width say otherwise
+    classifier = "fc"         # its name, as published
 
     def forward(self, x):
         x = self.conv1(x)
@@ -383,52 +334,50 @@ class Network(nn.Module):
                 x = self.features(x.bfloat16()).float()
         else:
             x = self.features(x)
-        return self.fc(x.mean((2, 3)))
-
-    def features(self, x):
-        for stage in self.stages():
-            x = stage(x)
-        return self.act(self.bn1(x))
+        return getattr(self, self.classifier)(x.mean((2, 3)))
 
     def initialize(self):
         """He et al. 2015, fan-out, as in the networks that TRADES publishes."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.fc.bias)
+        nn.init.zeros_(getattr(self, self.classifier).bias)
 
 
 class WideResNet(Network):
-    """WideResNet-depth-width for small images; depth = 6n + 4. Parameter names as in the TRADES release."""
+    """WideResNet-depth-width for small images (Zagoruyko & Komodakis 2016), named as TRADES publishes it."""
 
     def __init__(self, depth, width, classes, activation="relu"):
         super().__init__()
         self.act, n = ACTIVATIONS[activation], _layers_per_stage(depth)
-        channels = [16, 16 * width, 32 * width, 64 * width]
+        channels = [16, *(round(c * width) for c in (16, 32, 64))]
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         for i, stride in enumerate((1, 2, 2)):
             widths = [channels[i]] + [channels[i + 1]] * n
             self.add_module(f"block{i + 1}", _Stage(
-                _Block(widths[j], widths[j + 1], 1 if j else stride, activation) for j in range(n)))
+                _Block(widths[j], widths[j + 1], 1 if j else stride, activation, "convShortcut")
+                for j in range(n)))
         self.bn1 = nn.BatchNorm2d(channels[3])
         self.fc = nn.Linear(channels[3], classes)
         self.initialize()
 
-    def stages(self):
-        return self.block1, self.block2, self.block3
+    def features(self, x):
+        return self.act(self.bn1(self.block3(self.block2(self.block1(x)))))
 
 
 class DenseNet(Network):
-    """DenseNet-BC-depth, growth rate k, for small images; depth = 6n + 4, compression 0.5, first conv 2k."""
+    """DenseNet-BC-depth, growth rate `width`, for small images: compression 0.5, first convolution 2k."""
 
-    def __init__(self, depth, growth_rate, classes, activation="relu"):
+    usual = 40, 12
+
+    def __init__(self, depth, width, classes, activation="relu"):
         super().__init__()
-        self.act, n, channels = ACTIVATIONS[activation], _layers_per_stage(depth), 2 * growth_rate
+        self.act, n, channels = ACTIVATIONS[activation], _layers_per_stage(depth), 2 * width
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         for i in (1, 2, 3):
             self.add_module(f"block{i}", _Stage(
-                _DenseLayer(channels + j * growth_rate, growth_rate, activation) for j in range(n)))
-            channels += n * growth_rate
+                _DenseLayer(channels + j * width, width, activation) for j in range(n)))
+            channels += n * width
             if i < 3:
                 self.add_module(f"trans{i}", _Transition(channels, channels // 2, activation))
                 channels //= 2
@@ -436,52 +385,97 @@ class DenseNet(Network):
         self.fc = nn.Linear(channels, classes)
         self.initialize()
 
-    def stages(self):
-        return self.block1, self.trans1, self.block2, self.trans2, self.block3
+    def features(self, x):
+        x = self.trans2(self.block2(self.trans1(self.block1(x))))
+        return self.act(self.bn1(self.block3(x)))
+
+
+class PreActResNet(Network):
+    """PreActResNet-18 or -10, 64·width channels first (He et al. 2016), named as AWP and Fast AT publish it."""
+
+    usual, classifier = (18, 1), "linear"
+
+    def __init__(self, depth, width, classes, activation="relu"):
+        super().__init__()
+        if depth not in (10, 18):
+            raise UserError(f"--depth {depth}: a PreActResNet has 18 layers, or 10")
+        self.act, n = ACTIVATIONS[activation], depth // 8
+        channels = [round(c * width) for c in (64, 64, 128, 256, 512)]
+        self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        for i, stride in enumerate((1, 2, 2, 2)):
+            widths = [channels[i]] + [channels[i + 1]] * n
+            self.add_module(f"layer{i + 1}", nn.Sequential(*(
+                _Block(widths[j], widths[j + 1], 1 if j else stride, activation, "shortcut")
+                for j in range(n))))
+        self.bn = nn.BatchNorm2d(channels[4])
+        self.linear = nn.Linear(channels[4], classes)
+        self.initialize()
+
+    def features(self, x):
+        return self.act(self.bn(self.layer4(self.layer3(self.layer2(self.layer1(x))))))
 
 
 def _layers_per_stage(depth):
     if depth < 10 or depth % 6 != 4:
         raise UserError(f"--depth {depth}: depth must be 6n + 4, such as 10, 16, 28, 34 or 40")
-    return (depth - 4) // 6
+    return depth // 6
 
 
-# --arch → class(depth, width or growth rate, classes, activation). A new network is one more entry.
-NETWORKS = {"wrn": WideResNet, "densenet": DenseNet}
+# --arch → class(depth, width, classes, activation). A new network is one more entry.
+NETWORKS = {"wrn": WideResNet, "densenet": DenseNet, "preact": PreActResNet}
 
 
-def build_model(arch, depth, width, classes, activation="relu"):
-    """A freshly initialised network of NETWORKS."""
-    return NETWORKS[arch](depth, width, classes, activation)
-
-
-WRAPPERS = ("state_dict", "model_state_dict", "net", "model")  # where checkpoints keep their parameters
+def build_model(args, data, device):
+    """The network of --arch, --depth, --width and --activation, on the device, with --init's weights."""
+    model = NETWORKS[args.arch](args.depth, args.width, data.classes, args.activation)
+    if args.init:
+        load_weights(model, read_checkpoint(args.init), args.init, new_classifier=True)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def parameters_of(checkpoint):
-    """The state_dict in a checkpoint of ours or in a published one, or itself; {} if there is none.
+    """(parameters, other tensors among them) of a checkpoint of ours, a published one, or a state_dict.
 
-    Without the prefix `module.` (DataParallel).
+    Without the prefix that wrappers leave, whatever it is (`module.`, `_orig_mod.`, ...): it is what stands
+    before the first convolution's name. ({}, {}) if there are none.
     """
+    for _ in range(9):  # wrappers lie in wrappers; a dict may even hold itself
+        inner = [checkpoint[key] for key in ("state_dict", "model_state_dict", "net", "model")
+                 if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)]
+        checkpoint = inner[0] if inner else checkpoint
     state = checkpoint if isinstance(checkpoint, dict) else {}
-    while wrapped := [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]:
-        state = wrapped[0]
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
+    names = [name for name in map(str, state) if f".{name}".endswith(".conv1.weight")]
+    prefix = min(names, key=len).removesuffix("conv1.weight") if names else ""
+    state = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return own, {name: value for name, value in state.items() if not name.startswith(prefix)}
 
 
-def load_weights(model, state, source):
-    """Load the `parameters_of` a checkpoint or state_dict; UserError if it is another network's.
+def load_weights(model, checkpoint, source, new_classifier=False):
+    """Load the `parameters_of` a checkpoint; UserError if they are another network's or not finite.
 
-    The unused `sub_block1.*` of the TRADES networks are dropped.
+    The unused `sub_block1.*` of the TRADES networks are dropped. With `new_classifier` a classifier of other
+    classes is left as it was initialized, which is said in one line.
     """
-    state = {key: value for key, value in parameters_of(state).items() if not key.startswith("sub_block1.")}
+    state, others = parameters_of(checkpoint)
+    state |= {name: value for name, value in others.items() if not name.endswith("n_averaged")}
+    state = {name: value for name, value in state.items() if not name.startswith("sub_block1.")}
     own = model.state_dict()
-    wrong = [key for key in own if not key.endswith("num_batches_tracked")
-             and (key not in state or state[key].shape != own[key].shape)]
-    wrong += [key for key in state if key not in own]
+    classifier = [f"{getattr(model, 'classifier', '')}.{part}" for part in ("weight", "bias")]
+    if new_classifier and any(name in state and state[name].shape != own[name].shape for name in classifier
+                              if name in own):
+        say(f"{source} has {len(state[classifier[1]])} classes, this data set {len(own[classifier[1]])}: "
+            f"the classifier starts anew")
+        state |= {name: own[name] for name in classifier}
+    wrong = [name for name in own if not name.endswith("num_batches_tracked")
+             and (name not in state or state[name].shape != own[name].shape)]
+    wrong += [name for name in state if name not in own]
     if wrong:
         raise UserError(f"{source} holds another network: {len(wrong)} parameters are missing, unknown or of "
                         f"another shape, {wrong[0]} first; check architecture, depth, width and classes")
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{source}: {name} is not finite")
     model.load_state_dict(state, strict=False)
 
 
@@ -495,41 +489,6 @@ def sgd(model, lr, weight_decay, nesterov=False, decay_norms=True):
     return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 
-class WeightAverage:
-    """`.model`: an average of the network's weights over the steps; without --ema, the network itself.
-
-    After step t the average is min(τ, (1 + t)/(10 + t)) of itself and the weights for the rest, τ the decay
-    and t counted from the end of a warm-up, 2.5 % of all steps, in which it just follows them (Gowal et al.
-    2020; Wang et al. 2023). BatchNorm's statistics are the network's own.
-    """
-
-    def __init__(self, network, args, data):
-        self.network, self.decay, self.steps = network, args.ema, 0
-        self.warmup = 0.025 * args.epochs * steps_per_epoch(len(data.x_train), args.batch_size)
-        self.model = network if args.ema is None else copy.deepcopy(network)
-        if self.model is not network and network._compiled_call_impl is not None:
-            self.model.compile(dynamic=False)  # a copy is not compiled
-
-    @torch.no_grad()
-    def update(self):
-        """To be called after each step of the optimizer."""
-        if self.decay is None:
-            return
-        t = self.steps - self.warmup
-        decay = min(self.decay, (1 + t) / (10 + t)) if t >= 0 else 0
-        torch._foreach_lerp_(list(self.model.parameters()), list(self.network.parameters()), 1 - decay)
-        copy_all(self.model.buffers(), self.network.buffers())
-        self.steps += 1
-
-
-def copy_all(targets, sources):
-    """Copy tensors onto others, pair by pair; fused, which only tensors of one type are together."""
-    pairs = list(zip(targets, sources))
-    for dtype in {target.dtype for target, _ in pairs}:
-        of_type = [pair for pair in pairs if pair[0].dtype == dtype]
-        torch._foreach_copy_(*map(list, zip(*of_type)))
-
-
 # -------------------------------------------------------------------------------------------------- execution
 
 
@@ -537,8 +496,6 @@ def pick_device(name):
     """"auto" → CUDA if there is one, else the CPU; UserError if the device asked for is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and WORLD > 1:
-        name = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -549,111 +506,62 @@ def pick_device(name):
     return device
 
 
-def set_execution(model, device, precision, compile, images):
-    """Decide how `model` runs on `device`, in place; returns it in words: "bf16, channels_last, eager", say.
+def set_execution(args, images, *models):
+    """Decide how the models run, in place: args.precision and args.compile, "auto" resolved.
 
-    precision "auto" takes what is faster for this network on this machine, measured on `images`, a uint8
-    batch on the device. "fp32" without compilation is the exact reference: no TF32.
+    bf16 on CUDA. On a CPU whatever precision is faster for the first model on `images`, uint8 on the device.
+    "fp32" without compilation is the exact reference: no TF32. `models` lie on the device already.
     """
-    model.to(device, memory_format=torch.channels_last)
+    device, model = images.device, models[0]
+    aware = [part for model in models for part in model.modules() if hasattr(part, "precision")]
+    if args.precision == "auto":
+        if not aware:
+            args.precision = "fp32"
+        elif device.type == "cuda":
+            args.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        else:
+            args.precision = faster_precision(model, aware, images)
+    if args.precision == "bf16" and not aware:
+        raise UserError(f"--precision bf16: {type(model).__name__} knows fp32 alone, being no Network")
+    for part in aware:
+        part.precision = args.precision
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0
-        with warnings.catch_warnings():  # of PyTorch 2.11 about the name; a newer one mixes badly with others
-            warnings.simplefilter("ignore")
-            torch.backends.cudnn.allow_tf32 = False  # matrix products are without it anyway
-    measured = ""
-    if precision != "fp32" and not hasattr(type(model), "precision"):
-        raise UserError(f"--precision {precision}: {type(model).__name__} knows fp32 alone, being no Network")
-    if precision == "auto":
-        seconds = measure_precisions(model, images)
-        precision = min(seconds, key=seconds.get)
-        measured = " (an attack step takes {fp32:.3g} s in fp32, {bf16:.3g} s in bf16)".format(**seconds)
-    model.precision = precision
-    compiled = device.type == "cuda" if compile == "auto" else compile == "on"
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 10
+        os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)
+        torch.set_float32_matmul_precision("highest")
+        warnings.filterwarnings("ignore", message=".*(TensorFloat32|TF32)")  # advice that we must not take
+        torch.backends.cudnn.allow_tf32 = False
+    compiled = device.type == "cuda" if args.compile == "auto" else args.compile == "on"
     if compiled:
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            raise UserError("torch.compile needs a C compiler; install gcc, or give --compile off")
         torch.compiler.reset()  # makes room: few graphs are kept for all the networks of a process together
-        model.compile(dynamic=False)
-    how = "compiled in the first two steps, which takes a minute or so" if compiled else "eager"
-    return f"{precision}{measured}, channels_last, {how}"
+        for model in models:
+            model.compile(dynamic=False)
+    say(f"{args.precision}, channels_last, "
+        f"{'compiled in the first steps, which takes a minute or so' if compiled else 'eager'}")
 
 
-def connect(args, device):
-    """Join the processes that torchrun started, if it did; UserError if the work cannot be shared out."""
-    if WORLD == 1:
-        return
-    for size in getattr(args, "batch_sizes", [getattr(args, "batch_size", WORLD)]):
-        if size % WORLD:
-            raise UserError(f"a batch of {size} images cannot be shared out among {WORLD} processes evenly")
-    for name in ("eval_size", "test_size", "val_size"):
-        if 0 < (getattr(args, name, None) or WORLD) < WORLD:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {WORLD}, the number of processes")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                         timeout=datetime.timedelta(hours=2))
-
-
-def average_over_processes(tensors):
-    """Replace float tensors by their means over the processes of torchrun: one reduction for all of them."""
-    if WORLD > 1:
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        parts = (flat / WORLD).split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
-
-
-def synchronize(model):
-    """Before a step: gradients and BatchNorm's running statistics become their means over the processes.
-
-    In train mode BatchNorm normalizes with the images of its own process.
-    """
-    gradients = [parameter.grad for parameter in model.parameters()]
-    average_over_processes(gradients + [part for name, part in model.named_buffers() if ".running_" in name])
-
-
-def collected(value):
-    """The values that the processes have, in their order."""
-    everyone = [value] * WORLD
-    if WORLD > 1:
-        torch.distributed.all_gather_object(everyone, value)
-    return everyone
-
-
-def joined(part):
-    """A tensor [N, ...] of each process's, one after the other."""
-    return torch.cat(collected(part.cpu())).to(part.device) if WORLD > 1 else part
-
-
-def prepare(model, args, device, images):
-    """Load --init, `set_execution` and say what it picked; args.precision becomes that."""
-    images = images[RANK::WORLD]
-    if args.init and not (Path(args.out) / "last.pt").exists():
-        load_weights(model, read_checkpoint(args.init), args.init)
-    say(set_execution(model, device, args.precision, args.compile, images))
-    args.precision = model.precision = collected(model.precision)[0]  # the first process decides
-
-
-def measure_precisions(model, images, budget=0.2):
-    """Seconds of an attack step (forward, backward to the input) in fp32 and bf16, best of three in turns.
+def faster_precision(model, aware, images, budget=0.1):
+    """"fp32" or "bf16", whichever does an attack step sooner: best of three in turns, fp32 first.
 
     On as many of `images` as fp32 handles in about `budget` seconds: a slow machine does not wait long.
     """
-    def step(precision, n):
-        model.precision, x = precision, to_float(images[:n]).requires_grad_()
-        begin = time.perf_counter()
-        with attack_mode(model), torch.enable_grad():
-            gradient, = torch.autograd.grad(model(x).sum(), x)
-        gradient[0, 0, 0, 0].item()  # waits for the device
-        return time.perf_counter() - begin
+    def seconds(precision, n):
+        for part in aware:
+            part.precision = precision
+        began = time.perf_counter()
+        pgd(model, to_float(images[:n]), torch.sum, Attack(eps=0.0, steps=1))
+        return time.perf_counter() - began
 
-    n, kept = min(8, len(images)), model.precision
-    step("fp32", n)  # the first pass of all also loads and allocates
-    while n < len(images) and step("fp32", n) < budget / 2:
+    n = min(8, len(images))
+    seconds("fp32", n)  # the first pass of all also loads and allocates
+    while n < len(images) and seconds("fp32", n) < budget:
         n = min(2 * n, len(images))
-    step("bf16", n)
-    rounds = [{precision: step(precision, n) for precision in ("fp32", "bf16")} for _ in range(3)]
-    model.precision = kept
-    return {precision: min(round[precision] for round in rounds) for precision in ("fp32", "bf16")}
+    turns = [(seconds("fp32", n), seconds("bf16", n)) for _ in range(4)][1:]
+    fp32, bf16 = map(min, zip(*turns))
+    say(f"an attack step on {n} images takes {fp32:.3g} s in fp32, {bf16:.3g} s in bf16")
+    return "bf16" if bf16 < fp32 else "fp32"
 
 
 @contextlib.contextmanager
@@ -676,12 +584,15 @@ def attack_mode(model):
 
 @contextlib.contextmanager
 def exact_precision(model):
-    """Run a `Network` in float32 inside."""
-    precision, model.precision = model.precision, "fp32"
+    """Run the `Network`s in a model in float32 inside."""
+    found = [(part, part.precision) for part in model.modules() if hasattr(part, "precision")]
     try:
+        for part, _ in found:
+            part.precision = "fp32"
         yield
     finally:
-        model.precision = precision
+        for part, precision in found:
+            part.precision = precision
 
 
 @contextlib.contextmanager
@@ -692,17 +603,80 @@ def fixed_seed(seed, device):
         yield
 
 
+# ------------------------------------------------------------------------------- several processes (torchrun)
+
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def connect(args, device):
+    """Join the processes that torchrun started; the first one alone prints. Returns this process's device."""
+    if WORLD == 1:
+        return device
+    for size in getattr(args, "batch_sizes", [getattr(args, "batch_size", WORLD)]):
+        if size % WORLD:
+            raise UserError(f"a batch of {size} images cannot be shared out among {WORLD} processes evenly")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                         timeout=datetime.timedelta(hours=2))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def seed_everything(seed, epoch=0):
+    """Random numbers follow from (seed, epoch, process) from here on; in epoch 0 all are alike."""
+    process = RANK if epoch else 0  # initial weights must be the same
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, process)).generate_state(1)[0]))
+
+
+def own_share(order):
+    """This process's part of every batch of the first process's `order` [steps, batch]."""
+    if WORLD > 1:
+        torch.distributed.broadcast(order, 0)
+    return order[:, RANK::WORLD]
+
+
+def average_over_processes(tensors):
+    """Replace float tensors by their means over the processes: one reduction for all of them."""
+    if WORLD > 1:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        parts = (flat / WORLD).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+
+
+def synchronize(model):
+    """Before a step: gradients and BatchNorm's running statistics become their means over the processes.
+
+    In train mode BatchNorm normalizes with the images of its own process.
+    """
+    gradients = [parameter.grad for parameter in model.parameters()]
+    average_over_processes(gradients + [part for name, part in model.named_buffers() if ".running_" in name])
+
+
+def on_first(function):
+    """What `function` returns in the first process, in all of them; the others wait for it."""
+    if WORLD == 1:
+        return function()
+    found = [function() if RANK == 0 else None]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
 # ---------------------------------------------------------------------------------------------------- attacks
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What defines an attack, wherever one is: command line, training, log, metrics.json, tables and figures.
+    """What defines an attack, from the command line to every title.
 
-    Written as `asdict(attack)` under the key "attack". eps and step_size in pixel range [0, 1]. "kl" is the
-    attack of TRADES; "autoattack" (eval.py) has neither steps nor a start.
+    Written as `asdict(attack)` under the key "attack". eps and step_size in pixel range [0, 1]. One that is
+    too short for its ball, or whose steps are longer than ε, says so in one line where it is made.
     """
-    loss: str = "cross-entropy"  # or "margin", "kl", "autoattack"
+    loss: str = "cross-entropy"  # of LOSSES; or "kl", the attack of TRADES; or "autoattack" (eval.py)
     norm: str = "linf"           # or "l2"
     eps: float = 0.031
     step_size: float = 0.003
@@ -710,8 +684,20 @@ class Attack:
     start: str = "uniform"       # in the ε-ball; or "gaussian", 0.001·N(0, 1); or "none"
     restarts: int = 1            # a point is stable if its prediction survives all of them
 
+    def __post_init__(self):
+        if self.loss == "autoattack" or self.eps == 0:
+            return
+        anywhere, several = self.start == "uniform", self.steps > 1
+        way = self.eps * (1.9 if anywhere and several else 1)  # to the far side, or from x to the sphere
+        if self.steps * self.step_size < way * (1 - 1e-9):
+            warn(f"{self.title()}, is too short for its ball: its steps reach "
+                 f"{self.steps * self.step_size:.3g} where {way:.3g} are to go; give it more or longer ones, "
+                 "or its robust accuracy flatters")
+        elif self.step_size > self.eps * (2 if anywhere and not several else 1) * (1 + 1e-9):
+            warn(f"{self.title()}, has steps longer than ε; shorter ones find more")
+
     def title(self):
-        """Such as "PGD-20, ε = 0.031", "CW-20×5 l2, ε = 0.5" or "FGSM, ε = 8/255"."""
+        """Such as "PGD-20, ε = 0.031, step 0.003", "CW-20×5 l2, ε = 0.5, step 0.05" or "FGSM, ε = 8/255"."""
         if self.loss == "autoattack":
             name = "AutoAttack"
         elif self.steps == 1 and self.step_size >= self.eps:
@@ -719,13 +705,21 @@ class Attack:
         else:
             name = f"{'CW' if self.loss == 'margin' else 'PGD'}-{self.steps}"
         name += f"×{self.restarts}" if self.restarts > 1 else ""
-        levels = round(255 * self.eps)
-        eps = f"{levels}/255" if levels and abs(levels / 255 - self.eps) < 1e-9 else f"{self.eps:.4g}"
-        return f"{name}{' l2' if self.norm == 'l2' else ''}, ε = {eps}"
+        title = f"{name}{' l2' if self.norm == 'l2' else ''}, ε = {pixels(self.eps, self.norm)}"
+        whole = self.loss == "autoattack" or name == "FGSM" and self.step_size == self.eps
+        return title if whole else f"{title}, step {pixels(self.step_size, self.norm)}"
 
 
-MONITOR = Attack(step_size=0.007)  # every epoch, as the paper's training code does
-REPORT = Attack()                  # the numbers that are reported
+def pixels(value, norm="linf"):
+    """A distance as text: 8/255 where it is a whole number of levels in ℓ∞, else a decimal."""
+    levels = round(255 * value)
+    whole = norm == "linf" and levels and abs(levels / 255 - value) < 1e-9
+    return f"{levels}/255" if whole else f"{value:.4g}"
+
+
+def step_for(eps, published, norm="linf"):
+    """An evaluation's step: the published one up to ε = 8/255 (ℓ2: 0.5), above in proportion; at most ε."""
+    return min(published * max(1, eps / {"linf": 8 / 255, "l2": 0.5}[norm]), eps)
 
 
 def cross_entropy_to(y):
@@ -741,7 +735,7 @@ def margin_to(y):
     return loss
 
 
-LOSSES = {"cross-entropy": cross_entropy_to, "margin": margin_to}  # of labels
+LOSSES = {"cross-entropy": cross_entropy_to, "margin": margin_to}  # of labels; a new one is one more entry
 
 
 def kl_to(p):
@@ -757,17 +751,14 @@ def clean_probabilities(model, x):
 
 def perturb_start(x, start, eps, norm):
     """A copy of x at an attack's start: "uniform" in the ε-ball, "gaussian" (0.001·N(0, 1)), "none"."""
-    def drawn(distribution, n, *shape):  # for all processes, used for this one
-        return distribution(WORLD * n, *shape, device=x.device, dtype=x.dtype)[RANK::WORLD]
-
     if start == "gaussian":
-        return x + 0.001 * drawn(torch.randn, *x.shape)
+        return x + 0.001 * torch.randn_like(x)
     if start == "none":
         return x.clone()
     if norm == "linf":
-        return x + eps * (2 * drawn(torch.rand, *x.shape) - 1)
-    direction = drawn(torch.randn, *x.shape)
-    radius = drawn(torch.rand, len(x)) ** (1 / x[0].numel())
+        return x + eps * (2 * torch.rand_like(x) - 1)
+    direction = torch.randn_like(x)
+    radius = torch.rand(len(x), device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
     return x + eps * _per_image(radius / direction.flatten(1).norm(dim=1)) * direction
 
 
@@ -784,15 +775,14 @@ def _per_image(values):
     return values.view(-1, 1, 1, 1)
 
 
-def pgd(model, x, loss, attack, gradient_norm=False):
-    """Projected gradient ascent on `loss` in the ε-ball around x and in [0, 1] (Madry et al. 2018).
+def pgd(model, x, loss, attack):
+    """(x̂, ‖∇‖₁) of projected gradient ascent on `loss` in the ε-ball and in [0, 1] (Madry et al. 2018).
 
-    x [N, 3, H, W] in [0, 1]; loss maps logits [N, classes] to a scalar, a sum over images
+    x [N, 3, H, W] must lie in [0, 1]. loss maps logits [N, classes] to a scalar, a sum over images
     (`cross_entropy_to`, `kl_to`, `margin_to` or any callable). Each step adds step_size times the gradient's
-    sign (ℓ∞) or the gradient scaled to unit length (ℓ2), then projects. Returns x̂, the last iterate,
-    detached. The model runs in eval mode; its mode, gradients and buffers are afterwards as before. With
-    `gradient_norm`, (x̂, the largest ‖∇_x̂ loss‖₁ met at each image [N]): the paper's training-time proxy of
-    local Lipschitzness.
+    sign (ℓ∞) or the gradient scaled to unit length (ℓ2), then projects. x̂ is the last iterate, detached.
+    ‖∇‖₁ [N] is the largest ‖∇_x̂ loss‖₁ met at each image, the paper's training-time proxy of local
+    Lipschitzness. The model runs in eval mode; its mode, gradients and buffers are afterwards as before.
     """
     x_adv = perturb_start(x, attack.start, attack.eps, attack.norm)
     largest = torch.zeros(len(x), device=x.device, dtype=x.dtype)
@@ -801,8 +791,7 @@ def pgd(model, x, loss, attack, gradient_norm=False):
             x_adv.requires_grad_()
             gradient, = torch.autograd.grad(loss(model(x_adv)), x_adv)
             with torch.no_grad():
-                if gradient_norm:
-                    largest = torch.maximum(largest, gradient.abs().sum((1, 2, 3)))
+                largest = torch.maximum(largest, gradient.abs().sum((1, 2, 3)))
                 if attack.norm == "linf":
                     ascent = gradient.sign()
                 else:
@@ -810,99 +799,44 @@ def pgd(model, x, loss, attack, gradient_norm=False):
                 x_adv = project(x_adv + attack.step_size * ascent, x, attack.eps, attack.norm)
     if not attack.steps:
         x_adv = project(x_adv, x, attack.eps, attack.norm)
-    return (x_adv, largest) if gradient_norm else x_adv
+    return x_adv, largest
 
 
 # -------------------------------------------------------------------------------------------------- schedules
 
 
-RISKS = "natural_risk", "robust_regularization"  # the two parts of equation (1.1), as logs name them
-
-
-def adjusted_beta(log, reference):
-    """Width-adjusted regularization: the λ of the epoch after `log`, given the `reference` run's log.
-
-    The paper enlarges a wide network's λ so that natural risk over robust regularization stays what it was in
-    a narrow one with a tuned λ, and leaves open how. Our reading: λ starts at the reference's and is
-    multiplied, after each epoch, by the square root of that epoch's ratio in the reference over our own; it
-    is at least the reference's λ and at most ten times as much. The ratio answers to λ with a power above 1
-    (1.3 in our runs) and is noisy, so that without the root λ zigzags. Depends on the two logs alone: a
-    resumed run goes on as it would have.
-    """
-    smallest = reference[0]["beta"]
-    if not log:
-        return smallest
-
-    def ratio(line):
-        return line[RISKS[0]] / line[RISKS[1]]
-
-    if min(log[-1][name] for name in RISKS) <= 0:  # no ratio to adjust by
-        return log[-1]["beta"]
-    wanted = log[-1]["beta"] * math.sqrt(ratio(reference[len(log) - 1]) / ratio(log[-1]))
-    return min(max(wanted, smallest), 10 * smallest)
-
-
-def reference_log(args):
-    """The log of --reference, a finished run of the same method, data, length and ε; UserError otherwise."""
-    if (args.beta == "auto") != bool(args.reference):
-        raise UserError("--beta auto and --reference RUN go together")
-    if not args.reference:
-        return None
-    folder = Path(args.reference)
-    if not (folder / "args.json").exists():
-        raise UserError(f"--reference {folder}: no run is there")
-    with own_files(folder, "name another --reference"):
-        settings, log = read_json(folder / "args.json"), read_log(folder / "log.jsonl")
-        differing = [f"--{key.replace('_', '-')} {settings[key]} there, {getattr(args, key)} here"
-                     for key in ("method", "dataset", "train_size", "epochs", "eps")
-                     if settings[key] != getattr(args, key)]
-        if differing:
-            raise UserError(f"--reference {folder} is no such run: {'; '.join(differing)}")
-        if len(log) < args.epochs:
-            raise UserError(f"--reference {folder} is unfinished: {len(log)} of {args.epochs} epochs")
-        if not all(min(line[name] for name in ("beta", *RISKS)) > 0 for line in log):
-            raise UserError(f"--reference {folder}: its λ and its risks must be above 0 in every epoch")
-    return log
-
-
-def exp_decay(done, epochs):
+def exp_decay(epoch, epochs):
     """The paper's schedule (App. C): 1, and from epoch 75 of 100 on halved every epoch: 0.5^(e - 74).
 
     A run of another length turns at 3/4 of it and halves every 1/100 of it, but at most once an epoch.
     """
-    epoch = _epoch(done, epochs)
     late = epoch - 0.75 * epochs
     return 1.0 if late < 0 else 0.5 ** (1 + math.floor(late / max(0.01 * epochs, 1) + 1e-9))
 
 
-def step(done, epochs, milestones=(0.75, 0.9, 1.0)):
+def step(epoch, epochs, milestones=(0.75, 0.9, 1.0)):
     """×0.1 from each milestone on: epochs 75, 90 and 100 of 100 (TRADES)."""
-    return 0.1 ** sum(_epoch(done, epochs) >= milestone * epochs for milestone in milestones)
+    return 0.1 ** sum(epoch >= milestone * epochs for milestone in milestones)
 
 
-def cosine(done, epochs):
-    """0.5·(1 + cos(π·done)) (RST)."""
-    return _cosine_between(1.0, 0.0, done)
+def cosine(epoch, epochs):
+    """0.5·(1 + cos(π·(e - 1)/E)) (RST)."""
+    return _cosine_between(1.0, 0.0, (epoch - 1) / epochs)
 
 
-def one_cycle(done, epochs, warmup=0.025):
+def one_cycle(epoch, epochs, warmup=0.025):
     """From 1/25 to 1 over the warm-up, then to 4e-6 in the last epoch, along cosines (Wang et al. 2023)."""
-    peak, last, epoch = warmup * epochs - 1, epochs - 1, done * epochs  # counted from 0
-    if epoch < peak:
-        return _cosine_between(0.04, 1.0, epoch / peak)
-    return _cosine_between(1.0, 4e-6, min((epoch - peak) / max(last - peak, 1e-9), 1))
+    peak, last = warmup * epochs - 1, epochs - 1  # counted from 0
+    if epoch - 1 < peak:
+        return _cosine_between(0.04, 1.0, (epoch - 1) / peak)
+    return _cosine_between(1.0, 4e-6, min((epoch - 1 - peak) / max(last - peak, 1e-9), 1))
 
 
 def _cosine_between(start, end, share):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _epoch(done, epochs):
-    """The epoch under way, counted from 1 as the releases do; a fraction inside it counts."""
-    return round(done * epochs, 9) + 1
-
-
-# --schedule → factor of the base rate, from the fraction `done` of a run of `epochs` epochs, in [0, 1).
+# --schedule → factor of the base rate, from the epoch, counted from 1 as the releases do, and their number.
 SCHEDULES = {"exp-decay": exp_decay, "step": step, "cosine": cosine, "one-cycle": one_cycle}
 
 
@@ -912,35 +846,53 @@ SCHEDULES = {"exp-decay": exp_decay, "step": step, "cosine": cosine, "one-cycle"
 METRICS = ("natural_accuracy", "robust_accuracy", "perturbation_stability")
 
 
-def padded_batches(x, y, batch_size):
-    """(float images, labels, n) over x, y in order; the last batch is padded, n of its images count.
+def logits_of(model, x, first=0):
+    """Logits [N, classes] of float images, eval mode, float32, no gradient.
 
-    In eval mode an image does not see its neighbours, so padding changes nothing, and compiled code sees one
-    shape. A CPU, whose time goes with the number of images, is spared it if all are fewer than a batch.
+    UserError where one is not finite: NaN is no class. Images are counted from `first` in its message.
     """
-    for i in range(0, len(x), batch_size):
-        images, labels = x[i:i + batch_size], y[i:i + batch_size]
-        n = len(images)
-        if n < batch_size and (i > 0 or x.is_cuda):
-            images, labels = padded([images, labels], batch_size)
-        yield to_float(images), labels, n
-
-
-def padded(parts, size):
-    """Tensors [n, ...] of one length, repeated from the start to `size` rows."""
-    fill = torch.arange(size, device=parts[0].device) % len(parts[0])
-    return [part[fill] for part in parts]
-
-
-def exact_logits(model, x):
-    """Logits [N, classes] of float images, eval mode, float32, no gradient."""
     with attack_mode(model), exact_precision(model), torch.no_grad():
-        return model(x)
+        logits = model(x)
+    fine = logits.isfinite().all(1)
+    if not fine.all():
+        raise UserError(f"the network's output for image {first + fine.int().argmin().item()} is not finite: "
+                        "this is no classification")
+    return logits
 
 
-def predict(model, x):
-    """The predicted classes [N] of float images."""
-    return exact_logits(model, x).argmax(1)
+def predictions(model, stream, attack, seed=0):
+    """(y, f(x), f(x̂)) [N] of every image of a stream, under `pgd` with this record.
+
+    model: any module of images in [0, 1]. stream: (x [B, 3, H, W] in [0, 1], y [B]) on its device, as
+    `in_order` makes them. Over restarts f(x̂) is the first prediction that differs from f(x), if any. The
+    attack runs as the model is executed (bf16, say). All predictions are made in float32. Images outside
+    [0, 1] and logits that are not finite are UserErrors.
+    """
+    found, unmoved, size = [], 0, 0
+    for i, (x, y) in enumerate(stream):
+        n, first = len(x), sum(len(part) for part, *_ in found)
+        if not (x.amin() >= 0 and x.amax() <= 1):  # NaN fails, too
+            raise UserError(f"images must be in [0, 1], not in [{x.amin():.4g}, {x.amax():.4g}]; "
+                            "a network that wants others must scale them itself")
+        size = max(size, n)
+        if n < size and model._compiled_call_impl:  # compiled code is made for one shape
+            fill = torch.arange(size, device=x.device) % n
+            x, y = x[fill], y[fill]
+        natural = logits_of(model, x, first).argmax(1)
+        adversarial, gradient = natural, torch.zeros(len(x), device=x.device)
+        for restart in range(attack.restarts):
+            with fixed_seed(((1000 * seed + restart) * 10 ** 6 + i) % 2 ** 63, x.device):
+                x_adv, norm = pgd(model, x, LOSSES[attack.loss](y), attack)
+            again, gradient = logits_of(model, x_adv, first).argmax(1), torch.maximum(gradient, norm)
+            adversarial = torch.where(adversarial == natural, again, adversarial)
+        unmoved += ((gradient == 0) & (adversarial == natural))[:n].sum().item()
+        found.append([part[:n] for part in (y, natural, adversarial)])
+        show(f"{attack.title()}: {first + n:,} images")
+    found = [torch.cat(parts) for parts in zip(*found)]
+    if attack.eps and attack.steps and unmoved > max(0.01 * len(found[0]), 1):
+        warn(f"{attack.title()} had a gradient of exactly zero on {unmoved} of {len(found[0])} images that "
+             "kept their prediction: their stability is not shown; try --attack cw or autoattack of eval.py")
+    return found
 
 
 def three_metrics(y, natural, adversarial):
@@ -948,104 +900,68 @@ def three_metrics(y, natural, adversarial):
 
     A point is robust exactly when it is correct and stable: robust ≤ min(natural, stability).
     """
-    n = len(y)
-    return {"n": n, "natural_accuracy": (natural == y).sum().item() / n,
-            "robust_accuracy": ((natural == y) & (adversarial == natural)).sum().item() / n,
-            "perturbation_stability": (adversarial == natural).sum().item() / n}
-
-
-def _attack_seed(seed, restart, batch):
-    return ((1000 * seed + restart) * 10 ** 6 + batch) % 2 ** 63
+    n, correct, stable = len(y), natural == y, adversarial == natural
+    counts = correct.sum().item(), (correct & stable).sum().item(), stable.sum().item()
+    return {"n": n, **{name: count / n for name, count in zip(METRICS, counts)}}
 
 
 def evaluate(model, stream, attack, seed=0):
-    """(metrics, points): `three_metrics` under `pgd` with this record, and every image's predictions.
+    """n, natural_accuracy, robust_accuracy, perturbation_stability and the attack, as a dict.
 
-    stream: (x [B, 3, H, W] in [0, 1], y [B], n) as `padded_batches` makes them; the first n of a batch count.
-    points: "label", "natural", "adversarial", int64 [N], in the stream's order. Over restarts "adversarial"
-    is the first prediction that differs from f(x), if any does: a point is finished then, correct or not.
-    The attack runs as the model is executed (bf16, say); all predictions are made in float32.
+    Takes what `predictions` takes: any module, any stream of (x, y).
     """
-    points = {"label": [], "natural": [], "adversarial": []}
-    for i, (x, y, n) in enumerate(stream):
-        natural = predict(model, x)
-        adversarial, stable, size = natural.clone(), torch.arange(n, device=x.device), len(x)
-        for restart in range(attack.restarts):
-            rows, = padded([stable], size)
-            with fixed_seed(_attack_seed(seed, restart, i), x.device):
-                found = predict(model, pgd(model, x[rows], LOSSES[attack.loss](y[rows]), attack))
-            adversarial[stable] = found = found[:len(stable)]
-            if restart + 1 == attack.restarts:
-                break
-            stable = stable[found == natural[stable]]
-            quarter = math.ceil(len(x) / 4)  # few sizes, because compiled code is made for each
-            size = min(math.ceil(len(stable) / quarter) * quarter, len(x))
-            if not size:
-                break
-        for name, values in ("label", y), ("natural", natural), ("adversarial", adversarial):
-            points[name].append(values[:n])
-        show(f"{attack.title()}: {sum(map(len, points['label'])):,} images")
-    points = {name: joined(torch.cat(values)) for name, values in points.items()}
-    return {**three_metrics(*points.values()), "attack": asdict(attack)}, points
+    return {**three_metrics(*predictions(model, stream, attack, seed)), "attack": asdict(attack)}
 
 
-def local_lipschitzness(model, stream, attack, seed=0):
-    """Mean over images of the largest ‖f(x) - f(x̂)‖₁ / ‖x - x̂‖∞, x̂ in the ℓ∞ ε-ball, f the logits.
+def local_lipschitzness(model, stream, attack, seed=0, starts=3):
+    """Mean over images of the largest ‖f(x) - f(x̂)‖₁ / ‖x - x̂‖∞ found in the ℓ∞ ε-ball, f the logits.
 
-    The definition of Yang et al. 2020 that the paper uses, in float32. The largest ratio met counts: a lower
-    bound. At a fixed distance the ratio rises with its numerator, so signed gradient ascent follows that and
-    stays at the distance: a step is as long as all of the record's together, about across the ball. Which
-    logits rise and which fall makes many local maxima, so four random starts, one of them close to x, share
-    the record's number of steps. Units: logits per pixel range.
+    The paper's estimator (after Yang et al. 2020), in float32: PGD on the numerator from a few random starts.
+    A lower bound, in logits per pixel range.
     """
     largest = []
-    with attack_mode(model), exact_precision(model), torch.enable_grad():
-        for i, (images, _, n) in enumerate(stream):
-            with torch.no_grad():
-                clean, best = model(images), torch.zeros(len(images), device=images.device)
-            for restart, scale in enumerate((1, 1, 1, 0.1)):
-                radius, stride = scale * attack.eps, scale * attack.steps * attack.step_size
-                with fixed_seed(_attack_seed(seed, restart, i), images.device):
-                    x_hat = project(perturb_start(images, "uniform", radius, "linf"), images, radius, "linf")
-                for _ in range(math.ceil(attack.steps / 4) + 1):
-                    x_hat.requires_grad_()
-                    rise = (model(x_hat) - clean).abs().sum(1)
-                    gradient, = torch.autograd.grad(rise.sum(), x_hat)
-                    with torch.no_grad():
-                        ratio = rise / (x_hat - images).abs().amax((1, 2, 3))
-                        best = torch.maximum(best, ratio.nan_to_num(nan=0, posinf=0))
-                        x_hat = project(x_hat + stride * gradient.sign(), images, radius, "linf")
-            largest.append(best[:n])
-    return joined(torch.cat(largest)).mean().item()
+    with exact_precision(model):
+        for i, (x, _) in enumerate(stream):
+            clean, best = logits_of(model, x), torch.zeros(len(x), device=x.device)
+            for start in range(starts):
+                with fixed_seed(((1000 * seed + start) * 10 ** 6 + i) % 2 ** 63, x.device):
+                    x_adv, _ = pgd(model, x, lambda logits: (logits - clean).abs().sum(), attack)
+                rise, distance = (logits_of(model, x_adv) - clean).abs().sum(1), (x_adv - x).abs().flatten(1)
+                best = torch.maximum(best, (rise / distance.amax(1)).nan_to_num(nan=0, posinf=0))
+            largest.append(best)
+    return torch.cat(largest).mean().item()
 
 
-def shared_batches(x, y, args):
-    """`padded_batches` of this process's share of x, y, as large as in training."""
-    return padded_batches(x[RANK::WORLD], y[RANK::WORLD], args.batch_size // WORLD)
+def monitor_attack(eps):
+    """PGD-20, step 0.007: every epoch, as the paper's training code does."""
+    return Attack(eps=eps, step_size=step_for(eps, 0.007))
+
+
+def report_attack(eps):
+    """PGD-20, step 0.003: the numbers that are reported."""
+    return Attack(eps=eps, step_size=step_for(eps, 0.003))
 
 
 def monitor(model, data, args, epoch):
-    """`evaluate` under MONITOR with --eps, on --val-size images or else --eval-size test images; for the log.
+    """For the log: `evaluate` under `monitor_attack`, on --val-size images or else --eval-size test images.
 
     Nones where --eval-every skips an epoch.
     """
     if epoch % args.eval_every and epoch != args.epochs:
         return dict.fromkeys(METRICS)
-    some = data.test_subset(args.eval_size)
-    x, y = (data.x_val, data.y_val) if args.val_size else (data.x_test[some], data.y_test[some])
-    metrics, _ = evaluate(model, shared_batches(x, y, args), replace(MONITOR, eps=args.eps))
-    return {**metrics, "monitored": "validation" if args.val_size else "test"}
+    x, y = (data.x_val, data.y_val) if args.val_size else data.test(args.eval_size)
+    return on_first(lambda: evaluate(model, in_order(x, y, args.batch_size), monitor_attack(args.eps)))
 
 
 def report(model, data, args):
-    """For metrics.json: `evaluate` on --test-size images under REPORT, local Lipschitzness of 1,000."""
-    some, attack = data.test_subset(args.test_size), replace(REPORT, eps=args.eps)
-    x, y = data.x_test[some], data.y_test[some]
+    """For metrics.json: `evaluate` on --test-size images under `report_attack`, Lipschitzness of 1,000."""
+    (x, y), attack = data.test(args.test_size), report_attack(args.eps)
+    some = in_order(x[:1000], y[:1000], args.batch_size)
     say(f"testing on {len(x):,} images with {attack.title()}")
-    metrics, _ = evaluate(model, shared_batches(x, y, args), attack)
-    lipschitzness = local_lipschitzness(model, shared_batches(x[:1000], y[:1000], args), attack)
-    return {**metrics, "local_lipschitzness": lipschitzness, "precision": args.precision,
-            "best_chosen_on": "validation" if args.val_size else "test"}
+    return on_first(lambda: {
+        **evaluate(model, in_order(x, y, args.batch_size), attack),
+        "local_lipschitzness": local_lipschitzness(model, some, attack),
+        "precision": args.precision, "best_chosen_on": "validation" if args.val_size else "test"})
 
 
 def describe(metrics):
@@ -1058,15 +974,14 @@ def describe(metrics):
 # ------------------------------------------------------------------------------------------------- run folder
 
 
-# What a resumed run may have otherwise.
-MAY_CHANGE = {"out", "data_dir", "device", "compile", "workers", "on_bad_image", "restarts",
-              "accept_changed_code"}
+# Settings that do not define a run.
+MAY_CHANGE = {"out", "data_dir", "device", "compile", "workers", "restarts", "script", "name"}
 
 
 class Run:
-    """A run folder (args.json, log.jsonl, last.pt, best.pt, metrics.json), resumed if it holds this very run.
+    """A run folder: args.json, log.jsonl, last.pt, best.pt, metrics.json, the script and common.py that ran.
 
-        run = Run(args, model, optimizer, images=len(data.x_train))
+        run = Run(args, data, model=model, optimizer=optimizer)
         for epoch in run.epochs():
             for x, y in batches(...):
                 ...
@@ -1074,82 +989,88 @@ class Run:
             run.end_epoch(lr=lr, **metrics)                    # a line of the log and a checkpoint
         run.finish(test)                                       # metrics.json
 
-    It knows epochs, named numbers and files; best.pt is the epoch with the highest `robust_accuracy` given to
-    `end_epoch`. A loop may `break`, `continue` or raise anywhere: what `end_epoch` wrote is what there is.
-    With a `WeightAverage` a checkpoint's "model" is the average, "raw_model" the network.
+    The same command again goes on after the last epoch that was finished, as if it had never stopped: a
+    checkpoint holds the `state_dict` of every part (of any name; "model" is what is tested), and an epoch's
+    random numbers follow from (seed, epoch, process). best.pt is the epoch with the highest `robust_accuracy`
+    given to `end_epoch`. A loop may `break`, `continue` or raise anywhere.
+
+    A run is its settings, its code but for comments and docstrings, and its data. Where one of them differs,
+    a folder named with --out is refused, and a default folder gives way to the next free number.
     """
 
-    def __init__(self, args, model, optimizer, images, average=None):
-        self.args, self.model, self.optimizer, self.images = args, model, optimizer, images
-        self.average = average if average and average.decay is not None else None
-        self.tested = self.average.model if self.average else model
-        self.device = next(model.parameters()).device
-        self.folder = Path(args.out)
-        self.settings = {key: value for key, value in vars(args).items() if key != "out"}
+    def __init__(self, args, data=None, /, **parts):
+        self.args, self.parts, self.images = args, parts, len(data) if data else 0
+        self.data_hash = data.hash if data else None
+        self.sources = [Path(args.script), Path(__file__)]
         self.epoch, self.log, self.steps = 0, [], 0  # the last epoch finished; its and earlier ones' lines
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock(self.folder)
+        self.folder = on_first(self._choose_folder)
         if (self.folder / "last.pt").exists():
-            with own_files(self.folder):
-                self._resume()
-        elif (self.folder / "metrics.json").exists():
-            raise UserError(f"{self.folder} holds a finished run without its last.pt; choose another --out")
-        else:  # no epoch was finished here: nothing to lose
-            write_file(self.folder / "log.jsonl", b"")
-        write_json(self.folder / "args.json", self.settings)
-        if {*collected(self.epoch)} != {self.epoch} or not (self.folder / "args.json").exists():
-            raise UserError(f"{self.folder} must lie on a disk that all processes share")
-        say(f"{self.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{self.epoch} of {args.epochs} epochs done")
+            state = read_checkpoint(self.folder / "last.pt")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.epoch, self.log = state["epoch"], state["log"]
+            args.precision = state["args"]["precision"]
+        say(f"{self.folder}: {self.epoch} of {args.epochs} epochs done")
 
-    def _resume(self):
-        before, now = read_json(self.folder / "args.json"), json.loads(json.dumps(self.settings))
-        code, new_code = before.pop("code", {}), now.pop("code")
-        edited = [name for name in new_code if code.get(name) != new_code[name]]
-        keys = {*before, *now} - MAY_CHANGE
-        if edited:
-            keys &= {*before} & {*now}  # an option that came or went is part of the change
-        changed = [f"--{key.replace('_', '-')} {before.get(key)} there, {now.get(key)} here"
-                   for key in sorted(keys) if before.get(key) != now.get(key)]
-        if changed:
-            raise UserError(f"{self.folder} holds a run with other settings ({'; '.join(changed)}); "
-                            f"choose another --out")
-        if edited and not self.args.accept_changed_code:
-            raise UserError(f"{self.folder} holds a run of other code: {' and '.join(edited)} changed since; "
-                            f"choose another --out, or --accept-changed-code to go on with it")
-        state = read_checkpoint(self.folder / "last.pt")
-        load_weights(self.tested, state["model"], self.folder / "last.pt")
-        if self.average:
-            load_weights(self.model, state["raw_model"], self.folder / "last.pt")
-            self.average.steps = state["averaged_steps"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.epoch = state["epoch"]
-        self.log = [entry for entry in read_log(self.folder / "log.jsonl") if entry["epoch"] <= self.epoch]
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-        write_file(self.folder / "log.jsonl", lines.encode())
+    def _settings(self):
+        kept = {name: value for name, value in vars(self.args).items() if name not in MAY_CHANGE}
+        return json.loads(json.dumps({**kept, "data": self.data_hash}))
 
-    def _is_best(self):
-        """Is the robust accuracy of the last line above those of all lines before?"""
-        *before, last = [entry.get("robust_accuracy") for entry in self.log]
-        return last is not None and last > max((score for score in before if score is not None), default=-1)
+    def _choose_folder(self):
+        wanted, said = Path(self.args.out or Path("runs") / self.args.name).expanduser(), ""
+        for number in itertools.count(1):
+            folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+            if not (other := self._what_differs(folder)):
+                break
+            if self.args.out:
+                raise UserError(f"{folder} holds another run ({other}); choose another --out")
+            said = f"{folder} holds another run ({other}): this one goes to "
+        if said:
+            say(f"{said}{folder}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {folder}: {error.strerror}") from None
+        self.lock = lock(folder)
+        return folder
 
-    def _kept(self):
-        kept = f"epoch {self.epoch} is kept in {self.folder / 'last.pt'}"
-        return kept if self.epoch else "no epoch was finished"
+    def _what_differs(self, folder):
+        """What makes the run in a folder another one; "" if none is there, or this one."""
+        kept = ("last.pt", "best.pt", "log.jsonl", "metrics.json")
+        files = [name for name in kept if (folder / name).exists()]
+        if not files:
+            return ""
+        if "last.pt" not in files or not (folder / "args.json").exists():
+            return f"{files[0]} is there without {'args.json' if 'last.pt' in files else 'last.pt'}"
+        before, now = read_json(folder / "args.json"), self._settings()
+        if now.get("precision") == "auto":  # a resumed run keeps what was found when it began
+            now["precision"] = before.get("precision")
+        found = [f"--{name.replace('_', '-')} {before.get(name)} there, {now.get(name)} here"
+                 if name != "data" else "its data were others"
+                 for name in {**before, **now} if before.get(name) != now.get(name)]
+        return "; ".join(found + [f"{source.name} was edited" for source in self.sources
+                                  if syntax(folder / source.name) != syntax(source)])
 
     def epochs(self):
         """The epochs still to do, counted from 1."""
-        for epoch in range(self.epoch + 1, self.args.epochs + 1):
-            self.current, self.recorded, self.seen = epoch, {}, 0
+        on_first(self._open)
+        for self.current in range(self.epoch + 1, self.args.epochs + 1):
+            seed_everything(self.args.seed, self.current)
+            self.recorded, self.seen, self.untimed = {}, 0, 0
             self.began = self.timed_from = self.now = self.shown = time.perf_counter()
-            self.untimed = 0
-            yield epoch
+            yield self.current
 
-    def record(self, images, **scalars):
-        """Note a step's numbers: scalars on the device, read back in `end_epoch`; and show progress."""
+    def _open(self):
+        for source in self.sources:
+            write_file(self.folder / source.name, source.read_bytes())
+        write_json(self.folder / "args.json", self._settings())
+        if self.epoch:  # what a kill in the midst of the last epoch's end left undone
+            self._write_log()
+            if self._is_best():
+                write_file(self.folder / "best.pt", (self.folder / "last.pt").read_bytes())
+
+    def record(self, images=0, /, **scalars):
+        """Note a step's numbers, scalars on the device, read back in `end_epoch`; and show progress."""
         for name, scalar in scalars.items():
             self.recorded.setdefault(name, []).append(scalar.detach())
         self.steps += 1
@@ -1157,7 +1078,7 @@ class Run:
         self.now = time.perf_counter()
         if self.steps <= 2:  # code is compiled and memory taken in these: no measure of speed
             self.timed_from, self.untimed = self.now, self.seen
-        elif on_terminal() and self.now - self.shown > 1:
+        elif self.now - self.shown > 1 and images:
             self.shown, rate = self.now, self._rate()
             left = (self.images * (self.args.epochs - self.current + 1) - self.seen) / rate
             show(f"epoch {self.current}/{self.args.epochs}  {self.seen:,} of {self.images:,} images  "
@@ -1171,120 +1092,97 @@ class Run:
 
     def end_epoch(self, **values):
         """Check and average what was recorded; log that and `values`; write the checkpoint."""
+        advice = f"epoch {self.epoch} is kept in {self.folder}" if self.epoch else "no epoch was finished"
+        advice += "; a smaller --lr or --beta may help"
         means = {}
         for name, scalars in self.recorded.items():
             history = torch.stack(scalars).float()
             if not history.isfinite().all():
-                first = (~history.isfinite()).nonzero()[0].item() + 1
+                first = history.isfinite().int().argmin().item() + 1
                 raise UserError(f"{name.replace('_', ' ')} not finite at epoch {self.current}, step {first}; "
-                                f"{self._kept()}; a smaller --lr or --beta may help")
-            mean = history.mean()
-            average_over_processes([mean])
+                                f"{advice}")
+            average_over_processes([mean := history.mean()])
             means[name] = mean.item()
-        with torch.no_grad():
-            if not torch.stack(torch._foreach_norm(list(self.model.parameters()))).isfinite().all():
-                raise UserError(f"weights not finite after epoch {self.current}; {self._kept()}; "
-                                f"a smaller --lr or --beta may help")
-        shared = {"processes": WORLD} if WORLD > 1 else {}  # BatchNorm normalizes with a part of each batch
-        entry = {"epoch": self.current, **means, **values, **shared,
-                 "images_per_second": float(f"{self._rate():.4g}"),
-                 "seconds": round(time.perf_counter() - self.began, 2)}
-        if RANK == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
-        self.log.append(entry)
-        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        checkpoint = {"model": self.tested.state_dict(), "optimizer": self.optimizer.state_dict(),
-                      "epoch": self.current, "args": self.settings, "rng": torch.get_rng_state(),
-                      "cuda_rng": cuda_rng}
-        if self.average:
-            checkpoint |= {"raw_model": self.model.state_dict(), "averaged_steps": self.average.steps}
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        if self._is_best():  # first: what a kill between the two leaves undone, the same epoch does again
-            write_file(self.folder / "best.pt", content.getbuffer())
-        write_file(self.folder / "last.pt", content.getbuffer())
+        for name, part in self.parts.items():
+            for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
+                if not value.isfinite().all():
+                    raise UserError(f"{name} {key} not finite after epoch {self.current}; {advice}")
+        self.log.append({"epoch": self.current, **means, **values,
+                         "images_per_second": float(f"{self._rate():.4g}"),
+                         "seconds": round(time.perf_counter() - self.began, 2)})
+        on_first(self._save)
         self.epoch = self.current
         shown = "  ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
-        left = duration(entry["seconds"] * (self.args.epochs - self.epoch))
+        left = duration(self.log[-1]["seconds"] * (self.args.epochs - self.epoch))
         say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {describe(values)}  "
-            f"{entry['images_per_second']:.4g} images/s  {left} left")
+            f"{self._rate():.4g} images/s  {left} left")
+
+    def _save(self):
+        content = io.BytesIO()
+        torch.save({**{name: part.state_dict() for name, part in self.parts.items()}, "epoch": self.current,
+                    "log": self.log, "args": self._settings()}, content)
+        write_file(self.folder / "last.pt", content.getbuffer())
+        if self._is_best():
+            write_file(self.folder / "best.pt", content.getbuffer())
+        self._write_log()
+
+    def _write_log(self):
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+        write_file(self.folder / "log.jsonl", lines.encode())
+
+    def _is_best(self):
+        """Is the robust accuracy of the last line above those of all lines before?"""
+        *before, last = [entry.get("robust_accuracy") for entry in self.log]
+        return last is not None and last > max((score for score in before if score is not None), default=-1)
 
     def finish(self, test, attack=None):
         """metrics.json: `test()` with the weights of last.pt and, where it is another epoch, of best.pt.
 
         A finished run is not tested again, unless with another `attack` than the file has.
         """
-        path, found = self.folder / "metrics.json", None
-        with own_files(self.folder):
-            if path.exists():
-                found = read_json(path)
-                if attack is not None and found["last"]["attack"] != asdict(attack):
-                    found = None
-        if found is None:
-            found = {"last": {"epoch": self.epoch, **test()}}
-            found["best"] = found["last"]
-            best = self.folder / "best.pt"
-            if best.exists() and (state := read_checkpoint(best))["epoch"] != self.epoch:
-                last = copy.deepcopy(self.tested.state_dict())
-                load_weights(self.tested, state["model"], best)
-                found["best"] = {"epoch": state["epoch"], **test()}
-                self.tested.load_state_dict(last)
-            write_json(path, found)
-        with own_files(self.folder):
-            for name in ("last", "best") if found["best"] != found["last"] else ("last",):
-                metrics = found[name]
-                say(f"{self.folder / name}.pt, epoch {metrics['epoch']}: {describe(metrics)}, "
-                    f"local Lipschitzness {metrics['local_lipschitzness']:.2f}")
+        path = self.folder / "metrics.json"
+        found = read_json(path) if path.exists() else None
+        if found is None or attack and found["last"]["attack"] != asdict(attack):
+            found = {}
+            for name in ("last", "best") if (self.folder / "best.pt").exists() else ("last",):
+                state = read_checkpoint(self.folder / f"{name}.pt")
+                if found and state["epoch"] == found["last"]["epoch"]:
+                    found[name] = found["last"]
+                    continue
+                self.parts["model"].load_state_dict(state["model"])
+                found[name] = {"epoch": state["epoch"], **test()}
+            on_first(lambda: write_json(path, found))
+        for name, metrics in found.items():
+            lipschitz = metrics.get("local_lipschitzness")
+            say(f"{self.folder / name}.pt, epoch {metrics['epoch']}: {describe(metrics)}"
+                + (f", local Lipschitzness {lipschitz:.2f}" if lipschitz is not None else ""))
 
 
-LOCKED = {}  # folders (device, inode) that this process holds, and their open handles
+def syntax(path):
+    """A Python file's syntax without comments and docstrings, as text; None if there is no such file."""
+    if not path.exists():
+        return None
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            del node.body[0]
+    return ast.dump(tree)
 
 
-def lock(folder):
-    """Keep other runs out of `folder` as long as this process lives; UserError if one is in there."""
-    if RANK:
-        return
-    place = (folder.stat().st_dev, folder.stat().st_ino)
-    if place in LOCKED:
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def lock(folder, wait=False):
+    """An open file that keeps other processes out of `folder`; UserError if one is in there and not `wait`.
+
+    None where the file system has no locks: then nobody is kept out.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        LOCKED[place] = handle
+        handle = open(folder / ".lock", "w")
+        if fcntl:
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return handle
     except BlockingIOError:
-        os.close(handle)
         raise UserError(f"{folder} is in use by another process; choose another --out") from None
-    except OSError as error:  # a network file system without locks
-        os.close(handle)
-        say(f"{folder} cannot be locked ({error.strerror}): let no other process in there", file=sys.stderr)
-
-
-def fingerprint(path):
-    """A hash of a Python file's syntax tree without docstrings: comments and layout do not count."""
-    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-
-    def tree(node):
-        if isinstance(node, list):
-            return [tree(item) for item in node]
-        if not isinstance(node, ast.AST):
-            return repr(node)
-        fields = dict(ast.iter_fields(node))
-        if isinstance(node, documented) and ast.get_docstring(node) is not None:
-            fields["body"] = node.body[1:]
-        full = [(name, tree(value)) for name, value in fields.items() if value not in (None, [])]
-        return [type(node).__name__, *full]  # without the empty fields, of which a newer Python has more
-    return hashlib.sha256(repr(tree(ast.parse(Path(path).read_bytes()))).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def own_files(folder, advice="choose another --out"):
-    """What a spoilt run folder raises inside becomes a UserError."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: args.json, log.jsonl, last.pt or metrics.json is not what a run wrote "
-                        f"({type(error).__name__}: {error}); {advice}") from None
+    except OSError:
+        return None
 
 
 def duration(seconds):
@@ -1293,12 +1191,7 @@ def duration(seconds):
 
 
 def write_file(path, content):
-    """Write bytes so that `path` holds its old content or all of the new, whatever happens meanwhile.
-
-    Of the processes of torchrun the first one writes.
-    """
-    if RANK:
-        return
+    """Write bytes so that `path` holds its old content or all of the new, whatever happens meanwhile."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")  # what a kill leaves of it, the next write replaces
     try:
@@ -1324,10 +1217,26 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON") from None
 
 
-def read_log(path):
-    """The entries of a log.jsonl; a last line cut short by a kill is left out."""
-    lines = Path(path).read_text().split("\n") if Path(path).exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]
+class _Dtype:
+    """Stands in for numpy.dtype while a checkpoint is read: a crafted one can turn bytes into pointers."""
+
+    def __init__(self, code, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+
+def _number(dtype, content):
+    """Stands in for the function that makes NumPy scalars: integers, floats and bools, as Python's."""
+    dtype = np.dtype(f"{dtype.order}{dtype.code}")
+    if dtype.kind not in "biuf":
+        raise ValueError(dtype)
+    return np.frombuffer(content, dtype)[0].item()
+
+
+BESIDE_WEIGHTS = [argparse.Namespace, (_Dtype, "numpy.dtype"), (_number, "numpy.core.multiarray.scalar"),
+                  (_number, "numpy._core.multiarray.scalar")]  # what published checkpoints hold, too
 
 
 def read_checkpoint(path):
@@ -1335,88 +1244,54 @@ def read_checkpoint(path):
     try:
         with warnings.catch_warnings():  # our line says it all
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # truncated, foreign or unsafe: they fail in many ways
-        reason = _what_is_wrong(path, error)
-        raise UserError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
-
-
-def _what_is_wrong(path, error):
-    with open(path, "rb") as file:
-        content = file.read(2 ** 20)
-    start, named = content[:200].lstrip(), re.search(r"GLOBAL ([\w.]+)", str(error))
-    wants = named[1] if named else _first_import(content)
-    if start[:1] == b"<":
-        return "it is a web page; download the file itself"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; `git lfs pull` fetches the file itself"
-    if wants:
-        return f"it is a pickle that asks for {wants}, which could run code; save its state_dict alone"
-    return "it is empty" if not start else "it is cut short, or another kind of file"
-
-
-def _first_import(content):
-    """What a bare pickle asks for first, found without unpickling; None if it is no pickle."""
-    words = []
-    try:
-        for operation, argument, _ in pickletools.genops(content):
-            if operation.name == "GLOBAL":
-                return argument.replace(" ", ".")
-            if operation.name == "STACK_GLOBAL":
-                return ".".join(words[-2:])
-            if isinstance(argument, str):
-                words.append(argument)
-    except ValueError:
-        return None
+            with torch.serialization.safe_globals(BESIDE_WEIGHTS):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception:  # truncated, foreign or unsafe: they fail in many ways
+        with open(path, "rb") as file:
+            start = file.read(40)
+        raise UserError(f"{path} is no checkpoint of tensors, or is cut short; "
+                        f"it begins with {start!r}") from None
 
 
 # ----------------------------------------------------------------------------------------------- command line
 
 
 def launch(main):
-    """Run a script's main(argv): a mistake or Ctrl-C ends in one line and exit status 2 or 130."""
-    status = 2
+    """Run a script's main(argv): a UserError or Ctrl-C ends in one line and exit status 2 or 130."""
     try:
         main(sys.argv[1:])
-        if WORLD > 1 and torch.distributed.is_initialized():
+        if torch.distributed.is_initialized():
             torch.distributed.barrier()  # one that leaves early can make another abort
             torch.distributed.destroy_process_group()
         return
     except UserError as error:
-        message = f"error: {error}"
-    except OSError as error:  # a full disk, a folder without permission
-        message = f"error: {error.filename or 'writing a file'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            message = f"error: out of memory, a smaller batch or network needs less ({str(error)[:200]})"
-        elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            message = f"error: torch.compile failed, --compile off does without it ({str(error)[:300]})"
-        else:
-            raise
+        message, status = f"error: {error}", 2
+    except torch.OutOfMemoryError as error:
+        message, status = f"error: a smaller batch or network needs less memory: {str(error)[:200]}", 2
     except KeyboardInterrupt as error:
-        kept = str(error) or "what was finished is kept, the same command goes on"
-        message, status = f"interrupted; {kept}", 130
-    say(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        message, status = f"interrupted; {str(error) or 'the same command goes on where it was'}", 130
+    say(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", sys.stderr)
     sys.exit(status)
-
-
-def on_terminal():
-    return RANK == 0 and sys.stdout is not None and sys.stdout.isatty()
 
 
 def show(line):
     """On a terminal, show a line of progress in place of the last one; in a pipe, nothing."""
-    if on_terminal():
+    if sys.stdout.isatty():
         print("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
 
 def say(line, file=None):
     """Print a line at once, over the progress line if one is showing."""
     show("")
-    if RANK == 0 or file:
-        print(line, file=file, flush=True)
+    print(line, file=file, flush=True)
+
+
+@functools.cache
+def warn(line):
+    """Print a warning, once."""
+    say(f"warning: {line}", sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1441,7 +1316,8 @@ def number(low=0.0, high=math.inf, above=False):
         if not low <= value <= high or value == math.inf or above and value == low:
             limit = f"{'above' if above else 'at least'} {low:g}"
             limit += f", at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number {limit}")
+            meant = f"; {text}/255?" if 1 == high < value < 256 else ""
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number {limit}{meant}")
         return value
     parse.__name__ = "number"  # argparse names it when the text is no number at all
     return parse
@@ -1457,96 +1333,78 @@ def integer(low=1):
     return parse
 
 
-def number_or_auto(text):
-    """An argparse type: "auto" or a number."""
-    return text if text == "auto" else number()(text)
-
-
-number_or_auto.__name__ = "number"  # as argparse names it
-
-
 def experiment_parser(file, doc):
     """What every training script takes. `file`: the script's, after which the method is named."""
     parser = Parser(doc)
-    add = parser.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--seed", type=integer(0), default=1, help="seeds weights, shuffling, augmentation and attacks")
-    add("--out", metavar="DIR", help="run folder; by default runs/<method>-<dataset>-<model>-beta<β>-seed<s> "
-                                     "and every other setting that is not the default")
+    add("--out", metavar="DIR", help="run folder; by default named after method, data, network, β and seed")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="auto: what a short measurement finds faster; kept for the run")
+        help="auto: bf16 on CUDA, on a CPU what a short measurement finds faster; kept for the run")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on CUDA only")
-    add("--init", metavar="FILE", help="start from the weights of this checkpoint")
-    add("--accept-changed-code", action="store_true", help="go on with a run whose code was edited since")
-    method = Path(file).stem.removeprefix("train_")
-    code = {Path(path).name: fingerprint(path) for path in (file, __file__)}
-    parser.set_defaults(method=method, code=code)
-    parser.default_out = lambda args: run_folder(parser, args)
+    parser.set_defaults(method=Path(file).stem.removeprefix("train_"), script=str(Path(file).resolve()))
     return parser
 
 
-def training_parser(file, doc, **defaults):
-    """The arguments that the CIFAR scripts share; `defaults` overrides the paper's TRADES setting."""
+def training_parser(file, doc, quick=None, **defaults):
+    """What the CIFAR scripts take besides their method's own arguments.
+
+    `defaults` override the paper's TRADES setting. `quick` adds to what --quick sets.
+    """
     parser = experiment_parser(file, doc)
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--dataset", default="cifar10", metavar="NAME", help="cifar10, cifar100, synthetic, or a NAME.npz")
     add("--data-dir", default="data", metavar="DIR", help="where data sets are, or are downloaded to")
     add("--train-size", type=integer(), metavar="N", help="train on N random images, drawn with --seed")
     add("--val-size", type=integer(0), default=0, metavar="N", help="hold out N random training images to "
         "monitor, and so to choose best.pt on; 0: test images, the paper's choice")
     add("--no-flip", action="store_true", help="do not mirror training images (digits, say)")
-    add("--arch", choices=NETWORKS, default="wrn", help="WideResNet or DenseNet-BC")
-    add("--depth", type=integer(), default=34, help="layers, 6n + 4")
-    add("--width", type=integer(), default=10, help="widening factor, or a DenseNet's growth rate")
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", choices=NETWORKS, default="wrn", help="WideResNet, DenseNet-BC or PreActResNet")
+    add("--depth", type=integer(), help="layers; wrn 34, densenet 40, preact 18 unless given")
+    add("--width", type=number(above=True), help="widening factor, or a DenseNet's growth rate; wrn 10, "
+        "densenet 12, preact 1 unless given")
     add("--activation", choices=ACTIVATIONS, default="relu", help="of every layer; the paper's is ReLU")
+    add("--init", metavar="FILE", help="start from the weights of this checkpoint")
+    add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=integer(), default=100, help="passes over the training images")
     add("--batch-size", type=integer(), default=128, help="images a step")
     add("--lr", type=number(above=True), default=0.1, help="base learning rate of SGD with momentum 0.9")
     add("--weight-decay", type=number(), default=2e-4, help="L2 penalty on every parameter")
     add("--nesterov", action="store_true", help="Nesterov momentum")
-    add("--no-norm-decay", action="store_true", help="no weight decay on BatchNorm's parameters")
-    add("--label-smoothing", type=number(0, 1), default=0.0, help="in the loss, not in the attack")
-    add("--ema", type=number(0, 1), metavar="DECAY", help="monitor, test and save an average of the weights, "
-        "of this decay per step, such as 0.995")
     add("--schedule", choices=SCHEDULES, default="exp-decay", help="learning rate over the run")
-    add("--eps", type=number(0, 1), default=0.031, help="attack's ℓ∞ radius, pixels in [0, 1]; 8/255 works")
-    add("--step-size", type=number(), default=0.007, help="attack step, in pixel range [0, 1]")
-    add("--steps", type=integer(0), default=10, help="attack steps")
-    add("--beta", type=number_or_auto, default=6.0,
-        help="λ of the paper: weight of the robust regularization; auto: adjusted to --reference")
-    add("--reference", metavar="RUN", help="for --beta auto: a narrower network's finished run")
+    add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", type=integer(), default=1, metavar="N", help="epochs between monitor evaluations")
     add("--eval-size", type=integer(), default=1000, metavar="N", help="test images in a monitor evaluation")
     add("--test-size", type=integer(), metavar="N", help="random test images in metrics.json; by default all")
+    add("--quick", action="store_true", help="a first look: synthetic data, WRN-10-1, a minute on two cores; "
+        "options beside it win")
     parser.set_defaults(**defaults)
+    parser.quick = {**QUICK, **(quick or {})}
     return parser
 
 
+QUICK = {"dataset": "synthetic", "depth": 10, "width": 1, "epochs": 4, "train_size": 2000, "batch_size": 32,
+         "steps": 3, "step_size": 0.015}  # what --quick sets
+
+
 def start(parser, argv):
-    """Parse argv, pick the device and seed everything: (args, device). Resolves `args.out`."""
+    """Parse argv, pick the device, join torchrun's processes, seed everything: (args, device)."""
+    if "--quick" in argv:
+        parser.set_defaults(**getattr(parser, "quick", {}))
     args = parser.parse_args(argv)
-    device = pick_device(args.device)
+    device = connect(args, pick_device(args.device))
     if device.type != "cuda":
         say(f"no CUDA device in use: training on the {device.type} ({torch.get_num_threads()} threads), "
             "which is slow for a large network; the speed and the time left follow")
-    connect(args, device)
-    args.out = args.out or parser.default_out(args)
-    settings = Path(args.out) / "args.json"
-    if args.precision == "auto" and settings.exists():  # a resumed run keeps what was measured when it began
-        with own_files(args.out):
-            args.precision = read_json(settings).get("precision", "auto")
-    torch.manual_seed(args.seed)
+    if hasattr(args, "arch"):
+        depth, width = NETWORKS[args.arch].usual
+        args.depth, args.width = args.depth or depth, args.width or width
+        args.width = int(args.width) if args.width == int(args.width) else args.width
+        beta = getattr(args, "beta", "-")
+        beta = f"beta{beta:g}" if isinstance(beta, float) else f"beta{beta}"
+        network = f"{args.arch}-{args.depth}-{args.width:g}"
+        args.name = f"{args.method}-{args.dataset}-{network}-{beta}-seed{args.seed}"
+    seed_everything(args.seed)
     return args, device
-
-
-def run_folder(parser, args):
-    """runs/<method>-<dataset>-<model>-beta<β>-seed<s> and every other setting that is not the default."""
-    named = {"method", "dataset", "arch", "depth", "width", "beta", "seed", *MAY_CHANGE}
-    network = f"{args.arch}{args.depth}-{args.width}"
-    beta = args.beta if args.beta == "auto" else f"{args.beta:g}"
-    name = f"{args.method}-{args.dataset}-{network}-beta{beta}-seed{args.seed}"
-    for key, value in vars(args).items():
-        if key not in named and value != parser.get_default(key):
-            shown = f"{value:.4g}" if isinstance(value, float) else "-".join(Path(str(value)).parts[-2:])
-            name += f"-{key.replace('_', '')}{'' if value is True else shown}"
-    return str(Path("runs") / name)

@@ -3,6 +3,7 @@
 Tests run on the CPU even where there is a GPU: many compare runs to the last bit, which only a CPU promises.
 """
 import copy
+import json
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def tiny(tmp_path, write_npz):
     """Arguments of two epochs of four steps on tiny.npz, into tmp_path/run; what a test appends wins."""
     write_npz()
     return ["--depth", "10", "--width", "1", "--batch-size", "16", "--steps", "2", "--epochs", "2",
+            "--step-size", "0.02",
             "--eval-size", "8", "--test-size", "8", "--device", "cpu", "--precision", "fp32",
             "--dataset", "tiny", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
 
@@ -106,8 +108,9 @@ def check_steps(monkeypatch, tiny, tmp_path):
         assert len(steps) == 4
         for (before, x, y, rng), (after, *_) in zip(steps, [*steps[1:], models]):
             model = copy.deepcopy(before).eval()
+            model.zero_grad()
             torch.set_rng_state(rng)
-            x_adv = x + 0.001 * torch.randn(x.shape, dtype=x.dtype)
+            x_adv = x + 0.001 * torch.randn_like(x)
             for _ in range(args["steps"]):
                 x_adv.requires_grad_()
                 gradient, = torch.autograd.grad(attacked(model(x), model(x_adv), y), x_adv)
@@ -133,15 +136,21 @@ def check_steps(monkeypatch, tiny, tmp_path):
 
 @pytest.fixture
 def train_on_synthetic(monkeypatch, tmp_path):
-    """train_on_synthetic(main, *flags): four short epochs; run folder, log, last.pt's metrics, settings."""
+    """train_on_synthetic(main, *flags): --quick, but shorter; run folder, log, last.pt's metrics, settings."""
     def train(main, *flags):
-        arrays = common.synthetic(640, 40)
-        middles = {key: array[:, 4:28, 4:28] if array.ndim == 4 else array for key, array in arrays.items()}
-        monkeypatch.setattr(common, "synthetic", lambda: middles)  # the whole square, less of the textures
+        few = common.synthetic(960, 80)
+        monkeypatch.setattr(common, "synthetic", lambda: few)
         monkeypatch.chdir(tmp_path)
-        main(["--dataset", "synthetic", "--depth", "10", "--width", "1", "--batch-size", "32", "--steps", "1",
-              "--epochs", "4", "--schedule", "cosine", "--eval-every", "4", "--eval-size", "10", *flags])
+        main(["--quick", "--epochs", "4", "--train-size", "960", "--batch-size", "32", "--schedule", "cosine",
+              "--steps", "1", "--step-size", "0.031", "--eval-every", "4", "--eval-size", "10",
+              "--test-size", "80", "--precision", "fp32", *flags])
         out, = (tmp_path / "runs").iterdir()
         metrics, settings = (common.read_json(out / name) for name in ("metrics.json", "args.json"))
-        return out, common.read_log(out / "log.jsonl"), metrics["last"], settings
+        return out, log_of(out), metrics["last"], settings
     return train
+
+
+def log_of(folder):
+    """The entries of a run folder's log.jsonl."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,6 +1,7 @@
-"""common.py: data, networks, attacks, schedules, metrics and the run folder's promises."""
+"""common.py: data, networks, execution, attacks, schedules, metrics and the run folder's promises."""
 import contextlib
 import itertools
+import json
 import math
 import os
 import pickle
@@ -20,6 +21,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import log_of
 
 import common
 import train_trades
@@ -29,8 +31,18 @@ ROOT = Path(common.__file__).parent
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def warnings_anew():
+    """A warning is printed once; in each test anew."""
+    common.warn.cache_clear()
+
+
 def load(name, folder, **subset):
     return common.load_data(name, folder, CPU, **subset)
+
+
+def network(arch="wrn", depth=10, width=1, classes=10, activation="relu"):
+    return common.NETWORKS[arch](depth, width, classes, activation)
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -38,10 +50,19 @@ def load(name, folder, **subset):
 
 def test_npz_is_read_as_stored(tmp_path, write_npz):
     stored, data = np.load(write_npz(y_test=np.full((21, 1), 9, np.uint8))), load("tiny", tmp_path)
-    assert data.classes == 10 and data.x_train.dtype == torch.uint8
+    assert data.classes == 10 and data.x_train.dtype == torch.uint8 and len(data) == 64
     assert (data.x_train.permute(0, 2, 3, 1).numpy() == stored["x_train"]).all()
     assert (data.y_train.numpy() == stored["y_train"]).all()
     assert data.y_test.tolist() == [9] * 21  # Keras stores a column
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1)])
+def test_gray_images_become_three_equal_channels(tmp_path, write_npz, shape):
+    gray = np.random.default_rng(0).integers(0, 256, (64, *shape), np.uint8)
+    write_npz(x_train=gray, x_test=gray[:21])
+    data = load("tiny", tmp_path)
+    assert data.x_train.shape == (64, 3, 8, 8)
+    assert all((data.x_train[:, channel].numpy() == gray.reshape(64, 8, 8)).all() for channel in range(3))
 
 
 def test_train_size_is_a_seeded_random_subset(tmp_path, write_npz):
@@ -52,16 +73,27 @@ def test_train_size_is_a_seeded_random_subset(tmp_path, write_npz):
         load("tiny", tmp_path, train_size=65)
 
 
+def test_the_hash_is_that_of_all_that_the_files_hold(tmp_path, write_npz):
+    write_npz()
+    whole, part = load("tiny", tmp_path), load("tiny", tmp_path, train_size=20, val_size=8)
+    assert whole.hash == part.hash
+    for changed in ({"n_test": 20}, {"y_train": np.arange(64)[::-1] % 10}, {"size": 9}):
+        write_npz(**changed)
+        assert load("tiny", tmp_path).hash != whole.hash
+
+
 @pytest.mark.parametrize("name, changes, message", [
     ("tiny", {"x_test": None}, "x_test"),
     ("tiny", {"x_train": np.zeros((64, 8, 8, 3), np.float32)}, "x_train must be uint8"),
     ("tiny", {"x_train": np.zeros((64, 3, 8, 8), np.uint8)}, r"\[N, H, W, 3\]"),
+    ("tiny", {"x_train": np.eye(64, 64, dtype=np.uint8).reshape(64, 8, 8)}, "no pixel above 1"),
     ("tiny", {"y_train": np.zeros(63, np.int64)}, "64 integers"),
     ("tiny", {"y_test": np.full(21, 0.5)}, "21 integers"),
-    ("tiny", {"y_test": np.full(21, 10)}, r"labels must lie in 0\.\.9; found 0\.\.10"),
-    ("tiny", {"y_train": np.full(64, -1)}, r"labels must lie in 0\.\.0; found -1\.\.9"),
-    ("tiny", {"x_test": np.zeros((21, 16, 16, 3), np.uint8)}, "differ in size"),
-    ("cifar10", {"classes": 11}, r"cifar10.npz: labels must lie in 0\.\.9; found 0\.\.10"),
+    ("tiny", {"y_test": np.full(21, 10)}, r"labels must be 0\.\.9, .* fails for 10"),
+    ("tiny", {"y_train": np.arange(64) % 10 - 1}, r"labels must be 0\.\.8, .* fails for -1"),
+    ("tiny", {"y_train": np.arange(64) % 10 + 1, "y_test": np.arange(21) % 10 + 1}, "fails for 0$"),
+    ("cifar10", {"y_train": np.where(np.arange(64) % 10 == 7, 6, np.arange(64) % 10)}, "fails for 7$"),
+    ("tiny", {"x_test": np.full((21, 16, 16, 3), 9, np.uint8)}, "differ in size"),
 ])
 def test_malformed_npz_is_refused(tmp_path, write_npz, name, changes, message):
     write_npz(name, **changes)
@@ -82,8 +114,14 @@ def test_truncated_and_missing_files_are_named(tmp_path, write_npz, monkeypatch)
     def offline(*args, **kwargs):
         raise OSError("no network")
     monkeypatch.setattr(datasets.CIFAR10, "download", offline)
-    with pytest.raises(UserError, match="cifar10.npz.*no network.*--dataset synthetic"):
+    with pytest.raises(UserError, match="no .*cifar10.npz or .*no network.*--dataset synthetic"):
         load("cifar10", tmp_path)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(UserError, match="cifar-10-batches-py has not the files .* by their checksums"):
+        load("cifar10", tmp_path)
+    (tmp_path / "cifar-10-batches-py" / "batches.meta").touch()
+    with pytest.raises(UserError, match=f"--data-dir must be the folder above, {tmp_path}"):
+        load("cifar10", tmp_path / "cifar-10-batches-py")
 
 
 @pytest.mark.parametrize("height, width, padding", [(32, 32, 4), (4, 4, 4), (5, 9, 2), (1, 1, 0)])
@@ -99,26 +137,50 @@ def test_crop_and_flip_match_a_per_image_reference(height, width, padding):
         assert (out[i].numpy() == (expected[:, :, ::-1] if flip[i] else expected)).all()
 
 
+def tiny_data(n, size=8, classes=10):
+    x = (torch.arange(n) % 256).to(torch.uint8).view(n, 1, 1, 1).expand(n, 3, size, size)
+    return common.Data(x, torch.arange(n), x, torch.arange(n), classes, "")
+
+
 @pytest.mark.parametrize("flip", [True, False])
 def test_random_augmentation_draws_every_offset_and_flip_for_each_image(flip):
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(4000, 3, 8, 8)
     torch.manual_seed(0)
-    found, counts = torch.unique(common.random_crop_flip(image, flip), dim=0, return_counts=True)
+    (x, _), = common.batches(common.Data(image, torch.arange(4000), None, None, 10, ""), 4000, flip)
+    found, counts = torch.unique((255 * x).round(), dim=0, return_counts=True)
     assert len(counts) == 9 * 9 * (1 + flip)  # all are drawn, and about equally often
     assert 0.2 < counts.min() / counts.float().mean() and counts.max() / counts.float().mean() < 2.5
-    assert any(one.equal(image[0]) for one in found)
-    assert any(one.equal(image[0].flip(2)) for one in found) == flip
+    assert any(one.equal(image[0].float()) for one in found)
+    assert any(one.equal(image[0].flip(2).float()) for one in found) == flip
 
 
 def test_an_epoch_is_a_fresh_seeded_order_without_repeats():
-    x, y = torch.zeros(100, 3, 8, 8, dtype=torch.uint8), torch.arange(100)
+    data = tiny_data(100)
     torch.manual_seed(3)
-    epochs = [torch.cat([labels for _, labels in common.batches(x, y, 32)]) for _ in range(2)]
+    epochs = [torch.cat([labels for _, labels in common.batches(data, 32)]) for _ in range(2)]
     torch.manual_seed(3)
-    again = torch.cat([labels for _, labels in common.batches(x, y, 32)])
+    again = torch.cat([labels for _, labels in common.batches(data, 32)])
     assert len(epochs[0]) == 96 == len(set(epochs[0].tolist())) and not epochs[0].equal(epochs[1])
     assert again.equal(epochs[0])
-    assert sum(len(labels) for _, labels in common.batches(x, y, 128)) == 100  # fewer images than a batch
+    for x, y in common.batches(data, 128):  # fewer images than a batch
+        assert sorted(y.tolist()) == list(range(100))
+        assert (255 * x).amax((1, 2, 3)).round().equal(y.float())  # labels stay with their images
+
+
+@pytest.mark.parametrize("fraction, share", [(0, 0), (0.25, 4), (0.5, 8), (1, 16)])
+def test_an_epoch_with_extra_images_draws_both_without_replacement(fraction, share):
+    extra = torch.full((100, 3, 8, 8), 255, dtype=torch.uint8), torch.arange(100, 200)
+    stream = list(common.batches(tiny_data(64), 16, True, extra, fraction))
+    assert len(stream) == 4  # 64 images in all, as the labelled set has
+    for x, y in stream:
+        assert len(y) == 16 and (y >= 100).sum() == share
+        assert ((255 * x).amax((1, 2, 3)).round() == torch.where(y < 100, y, 255)).all()
+    drawn = torch.cat([y for _, y in stream]).tolist()
+    assert len(drawn) == len(set(drawn))
+    few = extra[0][:10], extra[1][:10]  # come again once all have come
+    drawn = torch.cat([y for _, y in common.batches(tiny_data(64), 16, True, few, 1)])
+    assert drawn.unique(return_counts=True)[1].tolist() == [7] * 4 + [6] * 6 or \
+        sorted(drawn.unique(return_counts=True)[1].tolist()) == [6] * 6 + [7] * 4
 
 
 def test_pixels_equal_torchvisions_to_tensor():
@@ -129,100 +191,28 @@ def test_pixels_equal_torchvisions_to_tensor():
 
 def test_synthetic_data_are_fixed_by_their_seed():
     first, again, other = (common.synthetic(50, 20, seed) for seed in (0, 0, 1))
-    assert all((first[key] == again[key]).all() for key in first)
-    assert (first["x_train"] != other["x_train"]).any()
-    assert first["x_train"].shape == (50, 32, 32, 3) and first["x_train"].dtype == np.uint8
+    assert all((one == two).all() for one, two in zip(first, again))
+    assert (first[0] != other[0]).any()
+    assert first[0].shape[0] == 50 and first[0].dtype == np.uint8
 
 
-# ------------------------------------------------------------------------------------------------- extra data
+def test_held_out_images_are_others_and_leave_the_training_subset_as_it_was(tmp_path, write_npz):
+    x = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
+    x[:, 0, 0, 0] = np.arange(60)  # numbers the images
+    write_npz(x_train=x, y_train=np.arange(60) % 10)
 
+    def numbers(x):
+        return x[:, 0, 0, 0].tolist()
 
-x, y = np.random.default_rng(1).integers(0, 256, (30, 8, 8, 3), np.uint8), np.arange(30) % 10
-
-
-@pytest.fixture
-def data(tmp_path, write_npz):
-    write_npz()
-    return load("tiny", tmp_path)
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("modules", [b"numpy._core", b"numpy.core"])  # new NumPy's, old NumPy's
-def test_rst_pickle_loads(tmp_path, data, protocol, modules):
-    if modules == b"numpy.core" and protocol > 3:
-        pytest.skip("these state the length of a name before it")
-    content = {"data": x, "extrapolated_targets": list(y), "model": "vanilla", "accuracy": np.float64(0.5)}
-    (tmp_path / "extra.pickle").write_bytes(pickle.dumps(content, protocol).replace(b"numpy._core", modules))
-    images, labels = common.load_extra(str(tmp_path / "extra.pickle"), data)
-    assert images.dtype == torch.uint8 and labels.dtype == torch.int64
-    assert np.array_equal(images.permute(0, 2, 3, 1), x) and np.array_equal(labels, y)
-
-
-class Harmful:
-    def __init__(self, call, *arguments):
-        self.called = call, arguments
-
-    def __reduce__(self):
-        return self.called
-
-
-RANGE, CODE = r"must be 30 integers in 0\.\.9", "which arrays do not need"
-MALFORMED = {
-    "missing file": (None, "FileNotFoundError"),
-    "no pickle": (b"not a pickle", "must hold arrays 'data' and 'extrapolated_targets'"),
-    "empty": (b"", "EOFError"),
-    "cut short": (pickle.dumps({"data": x, "extrapolated_targets": y})[:-100], "must hold arrays"),
-    "another layout": ([x, y], "must hold arrays"),
-    "a key missing": ({"data": x}, "KeyError: 'extrapolated_targets'"),
-    "float images": ({"data": x / 255, "extrapolated_targets": y}, "must be uint8"),
-    "another size": ({"data": x[:, :4], "extrapolated_targets": y}, r"\[M, 8, 8, 3\], not uint8 \[30, 4"),
-    "no images": ({"data": x[:0], "extrapolated_targets": y[:0]}, "must be uint8"),
-    "too few labels": ({"data": x, "extrapolated_targets": y[1:]}, RANGE),
-    "label too large": ({"data": x, "extrapolated_targets": y + 1}, RANGE),
-    "unlabelled": ({"data": x, "extrapolated_targets": y - 1}, RANGE),
-    "fractional labels": ({"data": x, "extrapolated_targets": y / 2}, RANGE),
-    "system": ({"data": Harmful(os.system, "touch harm")}, CODE),
-    "eval": ({"data": Harmful(eval, "open('harm', 'w')")}, CODE),
-    "load": ({"data": Harmful(np.load, "harm.npy")}, CODE),
-    "save": ({"data": Harmful(np.save, "harm", 1)}, CODE),
-    "a dotted name": (b"cnumpy.core.multiarray\n_reconstruct.__class__\n.", CODE),  # into what is allowed
-    "npz, other names": ({"images": x, "label": y}, "must hold arrays 'image' and 'label'"),
-    "npz of objects": ({"image": x, "label": y.astype(object)}, "must hold arrays 'image' and 'label'"),
-}
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_extra_data_is_refused_and_runs_no_code(tmp_path, data, monkeypatch, case):
-    monkeypatch.chdir(tmp_path)
-    content, message = MALFORMED[case]
-    path = Path("extra.npz" if case.startswith("npz") else "extra.pickle")
-    if path.suffix == ".npz":
-        np.savez(path, **content)
-    elif content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
-    with pytest.raises(UserError, match=message):
-        common.load_extra(str(path), data)
-    assert not list(tmp_path.glob("harm*"))
-
-
-@pytest.mark.parametrize("fraction, share", [(0, 0), (0.25, 4), (0.5, 8), (1, 16)])
-def test_epoch_of_mixed_batches_draws_without_replacement(data, monkeypatch, fraction, share):
-    monkeypatch.setattr(common, "random_crop_flip", lambda images, flip: images)
-    x_extra, y_extra = torch.full((100, 3, 8, 8), 255, dtype=torch.uint8), torch.arange(100, 200)
-    data.y_train = torch.arange(64)
-    stream = list(common.mixed_batches(data, x_extra, y_extra, batch_size=16, fraction=fraction))
-    assert len(stream) == 4  # 64 images in all, as the labelled set has
-    for x, y in stream:
-        extra = y >= 100
-        assert len(y.unique()) == len(x) == 16 and extra.sum() == share and (x[extra] == 1).all()
-        assert torch.equal(x[~extra], common.to_float(data.x_train[y[~extra]]))
-    assert len(torch.cat([y for _, y in stream]).unique()) == 64
-
-
-def test_few_extra_images_come_again_only_when_all_have_come(data):
-    x_extra, y_extra = torch.zeros(7, 3, 8, 8, dtype=torch.uint8), torch.arange(7) + 100
-    drawn = torch.cat([y[y >= 100] for _, y in common.mixed_batches(data, x_extra, y_extra, 16, 0.5)])
-    assert sorted(drawn.unique(return_counts=True)[1].tolist()) == [4, 4, 4, 5, 5, 5, 5]  # 32 draws from 7
+    plain, held = (load("tiny", tmp_path, train_size=40, seed=3, val_size=n) for n in (0, 15))
+    assert plain.x_val is None and numbers(held.x_train) == numbers(plain.x_train)
+    assert len(held.x_val) == 15 and not {*numbers(held.x_val)} & {*numbers(held.x_train)}
+    rest = load("tiny", tmp_path, seed=3, val_size=15)
+    assert sorted(numbers(rest.x_train) + numbers(rest.x_val)) == list(range(60))
+    assert numbers(rest.x_val) == numbers(held.x_val)
+    assert held.y_val.tolist() == [i % 10 for i in numbers(held.x_val)]
+    with pytest.raises(UserError, match="--train-size 50 and --val-size 15: .* has 60 training images"):
+        load("tiny", tmp_path, train_size=50, val_size=15)
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -230,10 +220,10 @@ def test_few_extra_images_come_again_only_when_all_have_come(data):
 
 @pytest.mark.parametrize("arch, depth, width, parameters", [
     ("wrn", 34, 1, 466_714), ("wrn", 34, 10, 46_160_474), ("wrn", 28, 10, 36_479_194),
-    ("densenet", 40, 12, 176_122), ("densenet", 40, 40, 1_901_930)])
+    ("densenet", 40, 12, 176_122), ("densenet", 40, 40, 1_901_930), ("preact", 18, 1, 11_172_170)])
 def test_parameter_counts(arch, depth, width, parameters):
     with torch.device("meta"):
-        model = common.build_model(arch, depth, width, 10)
+        model = network(arch, depth, width)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -246,14 +236,16 @@ def reference(arch, state, x, blocks):
         parts = ("running_mean", "running_var", "weight", "bias")
         return F.batch_norm(x, *(state[f"{name}.{part}"] for part in parts)).relu()
 
+    stages, shortcut = {"preact": ("layer{}.{}.", "shortcut.0")}.get(arch, ("block{}.layer.{}.", "convShortcut"))
+    last, classifier = ("bn", "linear") if arch == "preact" else ("bn1", "fc")
     x = conv("conv1", x, padding=1)
-    for stage, block in itertools.product((1, 2, 3), range(blocks)):
-        name, trans = f"block{stage}.layer.{block}.", f"trans{stage}."
+    for stage, block in itertools.product((1, 2, 3, 4) if arch == "preact" else (1, 2, 3), range(blocks)):
+        name, trans = stages.format(stage, block), f"trans{stage}."
         out = bn_relu(name + "bn1", x)
-        if arch == "wrn":
+        if arch != "densenet":
             stride = 2 if stage > 1 and block == 0 else 1
-            if name + "convShortcut.weight" in state:
-                x = conv(name + "convShortcut", out, stride=stride)
+            if f"{name}{shortcut}.weight" in state:
+                x = conv(name + shortcut, out, stride=stride)
             out = bn_relu(name + "bn2", conv(name + "conv1", out, stride=stride, padding=1))
             x = x + conv(name + "conv2", out, padding=1)
         else:
@@ -261,7 +253,8 @@ def reference(arch, state, x, blocks):
             x = torch.cat([x, conv(name + "conv2", out, padding=1)], 1)
             if stage < 3 and block == blocks - 1:
                 x = F.avg_pool2d(conv(trans + "conv1", bn_relu(trans + "bn1", x)), 2)
-    return F.linear(F.avg_pool2d(bn_relu("bn1", x), 8).flatten(1), state["fc.weight"], state["fc.bias"])
+    x = bn_relu(last, x).mean((2, 3))
+    return F.linear(x, state[classifier + ".weight"], state[classifier + ".bias"])
 
 
 def with_random_statistics(model):
@@ -274,58 +267,157 @@ def with_random_statistics(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("arch, width", [("wrn", 2), ("densenet", 6)])
-def test_a_published_checkpoint_gives_its_logits(arch, width):
+WRAPPED = {  # what wrappers leave
+    "plain": lambda state: state,
+    "DataParallel": lambda state: {f"module.{name}": value for name, value in state.items()},
+    "compiled": lambda state: {"model": {f"_orig_mod.module.{name}": value for name, value in state.items()}},
+    "nested": lambda state: {"state_dict": {"net": {f"a.b.{name}": value for name, value in state.items()}}},
+    "averaged": lambda state: {"model": {"n_averaged": torch.tensor(5), **WRAPPED["DataParallel"](state)}},
+    "TRADES": lambda state: {**state, "sub_block1.layer.0.conv1.weight": torch.zeros(1)},
+    "old": lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("arch, depth, width", [("wrn", 16, 2), ("densenet", 16, 6), ("preact", 18, 0.25)])
+def test_a_published_checkpoint_gives_its_logits(arch, depth, width, wrapped):
     torch.manual_seed(0)
-    published = with_random_statistics(common.build_model(arch, 16, width, 10)).state_dict()
-    wrapped = {"module." + key: value for key, value in published.items()}
-    wrapped["module.sub_block1.layer.0.conv1.weight"] = torch.zeros(1)
-    model = common.build_model(arch, 16, width, 10).eval()
-    common.load_weights(model, wrapped, "published.pt")
+    published = with_random_statistics(network(arch, depth, width)).state_dict()
+    model = network(arch, depth, width).eval()
+    common.load_weights(model, WRAPPED[wrapped](published), "published.pt")
     x = torch.rand(3, 3, 32, 32)
     torch.testing.assert_close(model(x), reference(arch, published, x, 2), atol=1e-5, rtol=0)
 
 
 def test_a_checkpoint_of_another_network_is_refused():
-    model = common.build_model("wrn", 10, 1, 10)
-    for other in (("wrn", 10, 2, 10), ("wrn", 16, 1, 10), ("densenet", 10, 12, 10), ("wrn", 10, 1, 100)):
+    model, itself = network(), {}
+    itself["model"] = itself
+    others = [network(*other).state_dict() for other in (
+        ("wrn", 10, 2), ("wrn", 16, 1), ("densenet", 10, 12), ("preact", 10, 0.25), ("wrn", 10, 1, 100))]
+    for other in [*others, {}, [], itself, {"model": 3}, {**model.state_dict(), "conv1.weight": "text"},
+                  {**model.state_dict(), "mean": torch.zeros(3)}]:
         with pytest.raises(UserError, match="other.pt holds another network"):
-            common.load_weights(model, common.build_model(*other).state_dict(), "other.pt")
+            common.load_weights(model, other, "other.pt")
     with pytest.raises(UserError, match="6n \\+ 4"):
-        common.build_model("wrn", 35, 1, 10)
+        network("wrn", 35)
+    with pytest.raises(UserError, match="18 layers"):
+        network("preact", 34)
+
+
+@pytest.mark.parametrize("name", ["block2.layer.0.conv1.weight", "bn1.running_var", "fc.bias"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_refused(name, value):
+    model = network()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state[name].view(-1)[-1] = value
+    with pytest.raises(UserError, match=f"bad.pt: {name} is not finite"):
+        common.load_weights(model, state, "bad.pt")
+
+
+@pytest.mark.parametrize("arch, depth, width", [("wrn", 10, 1), ("densenet", 10, 4), ("preact", 10, 0.125)])
+def test_silu_takes_the_place_of_every_relu(monkeypatch, arch, depth, width):
+    x = torch.rand(2, 3, 16, 16)
+    torch.manual_seed(0)
+    smooth = network(arch, depth, width, 10, "silu").eval()
+    torch.manual_seed(0)
+    monkeypatch.setitem(common.ACTIVATIONS, "relu", lambda z: z * torch.sigmoid(z))  # SiLU by its definition
+    by_definition = network(arch, depth, width).eval()
+    monkeypatch.setattr(F, "relu", None)  # nothing calls it behind the table's back
+    assert torch.allclose(smooth(x), by_definition(x), atol=1e-5)
+
+
+def test_norms_can_be_free_of_weight_decay():
+    model = network()
+    everything, = common.sgd(model, 0.1, 5e-4).param_groups
+    assert everything["params"] == list(model.parameters()) and everything["weight_decay"] == 5e-4
+    decayed, free = common.sgd(model, 0.1, 5e-4, nesterov=True, decay_norms=False).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert free["weight_decay"] == 0 and decayed["weight_decay"] == 5e-4 and decayed["nesterov"]
+    assert {".bn" in "." + names[id(p)] for p in free["params"]} == {True}
+    assert not any(".bn" in "." + names[id(p)] for p in decayed["params"])
+    assert len(free["params"]) + len(decayed["params"]) == len(names)
+
+
+def test_a_run_starts_from_given_weights_of_other_classes_too(tiny, tmp_path, write_npz, capsys):
+    flags = [*tiny, "--epochs", "1", "--lr", "1e-30", "--weight-decay", "0"]
+    train_trades.main([*flags, "--out", str(tmp_path / "first")])
+    first = common.read_checkpoint(tmp_path / "first" / "last.pt")["model"]
+    torch.save({"state_dict": {"module." + key: value for key, value in first.items()}}, tmp_path / "a.pt")
+    again = [*flags, "--seed", "2", "--init", str(tmp_path / "a.pt"), "--out"]
+    train_trades.main([*again, str(tmp_path / "second")])
+    second = common.read_checkpoint(tmp_path / "second" / "last.pt")["model"]
+    assert all(first[name].allclose(second[name], atol=1e-9) for name in first if ".running" not in name
+               and "num_batches" not in name)
+    capsys.readouterr()
+    write_npz(classes=7)
+    train_trades.main([*again, str(tmp_path / "third")])
+    third = common.read_checkpoint(tmp_path / "third" / "last.pt")["model"]
+    assert "a.pt has 10 classes, this data set 7: the classifier starts anew" in capsys.readouterr().out
+    assert third["fc.weight"].shape == (7, 64)
+    assert third["block3.layer.0.conv1.weight"].equal(first["block3.layer.0.conv1.weight"])
+    with pytest.raises(UserError, match="a.pt holds another network"):
+        train_trades.main([*again, str(tmp_path / "fourth"), "--width", "2"])
+    state = {**first, "conv1.weight": first["conv1.weight"] * math.nan}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="conv1.weight is not finite"):
+        train_trades.main([*again, str(tmp_path / "fifth")])
 
 
 # -------------------------------------------------------------------------------------------------- execution
 
 
-def test_bf16_keeps_logits_and_pixels_in_float32():
+def execute(model, precision="fp32", compile="off", images=None):
+    args = SimpleNamespace(precision=precision, compile=compile)
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8) if images is None else images
+    common.set_execution(args, images, model)
+    return args.precision
+
+
+def test_bf16_keeps_logits_and_pixels_in_float32(capsys):
     torch.manual_seed(0)
-    model, x = with_random_statistics(common.build_model("wrn", 10, 1, 10)), torch.rand(8, 3, 32, 32)
+    model, x = with_random_statistics(network()), torch.rand(8, 3, 32, 32)
     exact = model(x)
-    assert common.set_execution(model, CPU, "bf16", "off", None) == "bf16, channels_last, eager"
+    execute(model, "bf16")
+    assert capsys.readouterr().out == "bf16, channels_last, eager\n"
     assert model(x).dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters())
     assert 0 < (model(x) - exact).abs().max() < 0.05 * exact.abs().max()
-    with common.exact_precision(model):
-        torch.testing.assert_close(model(x), exact)
-    with pytest.raises(UserError, match="--precision bf16: Linear knows fp32 alone"):
-        common.set_execution(torch.nn.Linear(3, 10), CPU, "bf16", "off", None)
+    inside = nn.Sequential(model)  # a wrapper, of a fork's
+    with common.exact_precision(inside):
+        torch.testing.assert_close(inside(x), exact)
+    assert model.precision == "bf16"
 
 
-def test_the_measured_precision_is_printed_stored_and_kept_on_resume(tiny, tmp_path, monkeypatch, capsys):
-    tiny += ["--epochs", "1", "--precision", "auto"]
+def test_a_module_that_knows_no_precision_runs_in_float32():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 10))
+    assert execute(model, "auto") == "fp32"
+    with pytest.raises(UserError, match="--precision bf16: Sequential knows fp32 alone"):
+        execute(model, "bf16")
 
-    def train(fp32, bf16, *argv):
-        monkeypatch.setattr(common, "measure_precisions", lambda *_: {"fp32": fp32, "bf16": bf16})
+
+@pytest.mark.parametrize("slow, found", [("bf16", "fp32"), ("fp32", "bf16")])
+def test_auto_takes_what_the_stopwatch_prefers(monkeypatch, slow, found):
+    class Timed(common.WideResNet):
+        def forward(self, x):
+            time.sleep(0.01 * (self.precision == slow))
+            return x.flatten(1) @ self.fc.weight.new_ones(x[0].numel(), 10)
+    assert execute(Timed(10, 1, 10), "auto") == found
+
+
+def test_the_precision_is_stored_and_kept_on_resume(tiny, tmp_path, monkeypatch, capsys):
+    tiny = [*tiny, "--epochs", "1", "--precision", "auto"]
+
+    def train(faster, *argv):
+        monkeypatch.setattr(common, "faster_precision", lambda *_: faster)
         train_trades.main([*tiny, *argv])
         return capsys.readouterr().out
 
-    assert "bf16 (an attack step takes 2 s in fp32, 1 s in bf16)" in train(2.0, 1.0)
+    assert "bf16, channels_last" in train("bf16")
     stored = common.read_json(tmp_path / "run" / "args.json")
     assert stored["precision"] == "bf16"
-    again = train(1.0, 2.0)  # the same command, where the other is faster now
+    again = train("fp32")  # the same command, where the other is faster now
     assert "bf16, channels_last" in again and "1 of 1 epochs done" in again
     assert common.read_json(tmp_path / "run" / "args.json") == stored
-    assert "fp32 (an attack step takes 1 s" in train(1.0, 2.0, "--out", str(tmp_path / "other"))
+    assert "fp32, channels_last" in train("fp32", "--out", str(tmp_path / "other"))
     with pytest.raises(UserError, match="--precision bf16 there, fp32 here"):
         train_trades.main([*tiny, "--precision", "fp32"])
 
@@ -347,7 +439,7 @@ def test_pgd_reaches_the_closed_form_maximum_on_a_linear_network(norm, room, ste
     ascent = model[1].weight[1 - y] - model[1].weight[y]
     unit = ascent.sign() if norm == "linf" else ascent / ascent.norm(dim=1, keepdim=True)
     for loss in (common.margin_to(y), common.cross_entropy_to(y)):
-        x_adv = common.pgd(model, x, loss, attack)
+        x_adv, _ = common.pgd(model, x, loss, attack)
         torch.testing.assert_close(x_adv, (x + 0.2 * unit.view_as(x)).clamp(0, 1), atol=atol, rtol=0)
 
 
@@ -384,7 +476,7 @@ def test_pgd_keeps_its_promises_over_random_settings(dtype, rounding, norm):
         with pytest.raises(ZeroDivisionError) if attack.steps else contextlib.nullcontext():
             common.pgd(model, x, lambda logits: 1 / 0, attack)
         assert state_of(model) == before
-        x_adv, norms = common.pgd(model, x, loss, attack, gradient_norm=True)
+        x_adv, norms = common.pgd(model, x, loss, attack)
         assert state_of(model) == before and x.equal(given)
         assert x_adv.shape == x.shape and x_adv.dtype == norms.dtype == dtype and not x_adv.requires_grad
         distance = (x_adv - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
@@ -421,8 +513,55 @@ def test_gradient_norm_is_the_largest_l1_norm_met():
     model, x = linear(48, 2).double(), torch.rand(4, 3, 4, 4).double()
     scales = iter((1.0, -3.0, 2.0))
     _, norms = common.pgd(model, x, lambda logits: next(scales) * logits[:, 0].sum(),
-                          Attack(eps=0.1, step_size=0.05, steps=3), gradient_norm=True)
+                          Attack(eps=0.1, step_size=0.05, steps=3))
     assert norms.tolist() == pytest.approx([3 * model[1].weight[0].abs().sum().item()] * 4)
+
+
+WARNED = {  # attacks that flatter, and those that do not
+    "too short": [Attack(eps=16 / 255), Attack(eps=12 / 255), Attack(steps=10), Attack(norm="l2", eps=2, step_size=0.05),
+                  Attack(eps=8 / 255, step_size=1 / 255, steps=5, start="gaussian"), Attack(steps=0)],
+    "longer than ε": [Attack(eps=0.001), Attack(steps=10, eps=4 / 255, step_size=8 / 255),
+                      Attack(norm="l2", eps=0.5, step_size=0.6), Attack(eps=2 / 255, step_size=5 / 255, steps=1),
+                      Attack(eps=0.01, step_size=0.02, steps=1, start="none")],
+    None: [Attack(), Attack(eps=8 / 255), Attack(eps=0), Attack(norm="l2", eps=0.5, step_size=0.05),
+           Attack("kl", step_size=0.007, steps=10, start="gaussian"),
+           Attack(eps=8 / 255, step_size=2 / 255, steps=10, start="gaussian"),
+           Attack(eps=2 / 255, step_size=2.5 / 255, steps=1), Attack("autoattack", steps=0),
+           Attack(eps=8 / 255, step_size=8 / 255, steps=1, start="none")]}
+SETTINGS = [(message, vars(attack)) for message, attacks in WARNED.items() for attack in attacks]
+
+
+@pytest.mark.parametrize("message, settings", SETTINGS)
+def test_an_attack_that_cannot_reach_across_its_ball_says_so(capsys, message, settings):
+    common.warn.cache_clear()
+    capsys.readouterr()
+    attack = Attack(**settings)
+    printed = capsys.readouterr().err
+    assert (message in printed and attack.title() in printed and printed.count("\n") == 1) if message else not printed
+
+
+@pytest.mark.parametrize("norm, radii", [("linf", [0.001, 2 / 255, 0.031, 8 / 255, 12 / 255, 16 / 255, 0.1, 0.5, 1]),
+                                         ("l2", [0.01, 0.25, 0.5, 1, 2, 7.5])])
+def test_default_attacks_reach_across_any_ball(capsys, norm, radii):
+    for eps in radii:
+        if norm == "linf":
+            assert common.monitor_attack(eps).eps == common.report_attack(eps).eps == eps
+        published = {"linf": 0.003, "l2": 0.05}[norm]
+        step_size = common.step_for(eps, published, norm)
+        Attack(norm=norm, eps=eps, step_size=step_size)
+        assert step_size == published or eps > 8 / 255 or eps < 0.05
+    assert capsys.readouterr().err == ""
+
+
+def test_titles_show_radius_and_step():
+    for attack, title in (
+            (Attack(), "PGD-20, ε = 0.031, step 0.003"),
+            (Attack("margin", eps=8 / 255, step_size=2 / 255, restarts=5), "CW-20×5, ε = 8/255, step 2/255"),
+            (Attack(norm="l2", eps=2, step_size=0.2), "PGD-20 l2, ε = 2, step 0.2"),
+            (Attack(eps=8 / 255, step_size=8 / 255, steps=1, start="none"), "FGSM, ε = 8/255"),
+            (Attack(eps=4 / 255, step_size=5 / 255, steps=1), "FGSM, ε = 4/255, step 5/255"),
+            (Attack("autoattack", norm="l2", eps=0.5), "AutoAttack l2, ε = 0.5")):
+        assert attack.title() == title
 
 
 # -------------------------------------------------------------------------------------------------- schedules
@@ -444,16 +583,27 @@ ALL = range(1, 101)
     ("cosine", 200, {1: 1, 101: 0.5, 200: 0.5 * (1 + math.cos(math.pi * 199 / 200))}),
 ])
 def test_learning_rates_of_the_recipes(schedule, epochs, expected):
-    found = {epoch: SCHEDULES[schedule]((epoch - 1) / epochs, epochs) for epoch in expected}
+    found = {epoch: SCHEDULES[schedule](epoch, epochs) for epoch in expected}
     assert found == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["exp-decay", "step", "cosine"])
 @pytest.mark.parametrize("epochs", [5, 10, 37, 1000])
 def test_learning_rates_fall_from_one_and_stay_above_zero(schedule, epochs):
-    parts = 4 * epochs  # inside epochs, too
-    found = [SCHEDULES[schedule](part / parts, epochs) for part in range(parts)]
+    found = [SCHEDULES[schedule](epoch, epochs) for epoch in range(1, epochs + 1)]
     assert found[0] == 1 > found[-1] > 0 and found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("epochs", [30, 41, 100, 400])
+def test_one_cycle_is_that_of_pytorch(epochs):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=epochs, pct_start=0.025)
+    for epoch in range(1, epochs + 1):
+        ours = 0.2 * common.SCHEDULES["one-cycle"](epoch, epochs)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        if epoch < epochs:
+            theirs.step()
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -466,7 +616,8 @@ def test_three_metrics_by_hand():
 
 
 @pytest.mark.parametrize("n, batch_size, restarts", [(103, 10, 5), (103, 10, 1), (103, 103, 5), (5, 64, 9)])
-def test_evaluation_is_that_of_all_restarts_on_all_images(monkeypatch, n, batch_size, restarts):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_evaluation_is_that_of_all_restarts_on_all_images(monkeypatch, n, batch_size, restarts, compiled):
     """One pixel holds an image's number, one how often it was attacked; a table has the prediction then."""
     torch.manual_seed(n)
     outcome, y = torch.randint(0, 4, (restarts + 1, n)), torch.randint(0, 4, (n,))
@@ -477,8 +628,6 @@ def test_evaluation_is_that_of_all_restarts_on_all_images(monkeypatch, n, batch_
         return (x[:, channel, 0, 0] * 255).round().long()
 
     class Model(nn.Module):
-        precision = "fp32"
-
         def forward(self, x):
             sizes.add(len(x))
             return F.one_hot(outcome[numbers(x, 1), numbers(x)], 4).float()
@@ -488,45 +637,94 @@ def test_evaluation_is_that_of_all_restarts_on_all_images(monkeypatch, n, batch_
         attacks[numbers(x).unique()] += 1
         x = x.clone()
         x[:, 1, 0, 0] = attacks[numbers(x)] / 255
-        return x
+        return x, torch.ones(len(x))
 
     monkeypatch.setattr(common, "pgd", attacked)
     x = torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
     x[:, 0, 0, 0] = torch.arange(n)
-    attack = Attack(restarts=restarts)
-    metrics, points = common.evaluate(Model(), common.padded_batches(x, y, batch_size), attack)
+    model = Model()
+    if compiled:
+        model._compiled_call_impl = model._call_impl  # as if
+    labels, natural, adversarial = common.predictions(model, common.in_order(x, y, batch_size),
+                                                      Attack(restarts=restarts))
     first = (outcome != outcome[0]).int().argmax(0)  # the attack that changes the prediction, 0 if none does
-    adversarial = outcome[first, torch.arange(n)]
-    assert points["label"].equal(y) and points["natural"].equal(outcome[0])  # in the stream's order
-    assert points["adversarial"].equal(adversarial)
-    assert attacks.equal(torch.where(first > 0, first, restarts))  # and not attacked again
-    assert metrics == {**common.three_metrics(y, outcome[0], adversarial), "attack": vars(attack)}
-    rows = min(batch_size, n)  # few sizes, for compiled code: quarters of a batch, or one without restarts
-    assert sizes <= {min(k * math.ceil(rows / 4), rows) for k in (1, 2, 3, 4)} and rows in sizes
-    assert restarts > 1 or sizes == {rows}
+    assert labels.equal(y) and natural.equal(outcome[0])  # in the stream's order
+    assert adversarial.equal(outcome[first, torch.arange(n)])
+    rest = {n % batch_size or batch_size} if not compiled and n > batch_size else set()
+    assert sizes == {min(batch_size, n)} | rest  # compiled code sees one shape
 
 
 def test_evaluation_leaves_the_random_stream_alone_and_repeats_itself():
     torch.manual_seed(0)
-    model, x = common.build_model("wrn", 10, 1, 4), torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8)
+    model, x = network(classes=4), torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8)
     before, rng, found = state_of(model), torch.get_rng_state(), []
     for restarts in (1, 1, 4):
-        attack = Attack(eps=0.1, step_size=0.05, steps=2, restarts=restarts)
-        found.append(common.evaluate(model, common.padded_batches(x, torch.arange(30) % 4, 16), attack))
+        attack = Attack(eps=0.1, step_size=0.05, steps=4, restarts=restarts)
+        found.append(common.evaluate(model, common.in_order(x, torch.arange(30) % 4, 16), attack))
     assert rng.equal(torch.get_rng_state()) and state_of(model) == before and model.training
-    assert found[0][0] == found[1][0] and found[0][1]["adversarial"].equal(found[1][1]["adversarial"])
-    assert found[2][0]["perturbation_stability"] <= found[0][0]["perturbation_stability"]
+    assert found[0] == found[1] and found[0]["attack"] == vars(replace_restarts(attack, 1))
+    assert found[2]["perturbation_stability"] <= found[0]["perturbation_stability"]
+
+
+def replace_restarts(attack, restarts):
+    return Attack(**{**vars(attack), "restarts": restarts})
+
+
+def test_any_module_is_evaluated():
+    from torchvision.models import resnet18
+    torch.manual_seed(0)
+    images = [(torch.rand(4, 3, 32, 32), torch.arange(4)), (torch.rand(3, 3, 32, 32), torch.arange(3))]
+    metrics = common.evaluate(resnet18(num_classes=10), images, Attack(step_size=0.02, steps=3))
+    assert metrics["n"] == 7 and metrics["robust_accuracy"] <= metrics["natural_accuracy"]
+
+
+@pytest.mark.parametrize("low, high", [(-0.01, 1), (0, 1.01), (0, 255), (-1, 1), (0, math.nan)])
+def test_images_outside_0_1_are_refused(low, high):
+    x = torch.rand(4, 3, 4, 4)
+    x[1, 0, 0, 0], x[2, 1, 1, 1] = low, high
+    with pytest.raises(UserError, match=r"images must be in \[0, 1\], not in"):
+        common.evaluate(linear(48, 3), [(x, torch.zeros(4).long())], Attack())
+
+
+@pytest.mark.parametrize("attacked", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_no_class(value, attacked):
+    x = torch.full((3, 5, 3, 4, 4), 0.5)
+    x[1, 3, 0, 0, 0] = 0.9
+
+    class Model(nn.Module):
+        def forward(self, x):
+            bad = (x[:, 0, 0, 0] > 0.8) if not attacked else (x[:, 0, 0, 0] != 0.5) & (x[:, 0, 0, 0] > 0.8)
+            moved = bad & (x[:, 0, 0, 0] != 0.9) if attacked else bad
+            return x.flatten(1)[:, :4] + torch.where(moved, value, 0.0)[:, None]
+
+    with pytest.raises(UserError, match="output for image 8 is not finite"):
+        common.evaluate(Model(), [(part, torch.zeros(5).long()) for part in x], Attack())
+
+
+@pytest.mark.parametrize("scale, warned", [(1.0, False), (1e4, True)])
+def test_vanished_gradients_are_counted_and_named(capsys, scale, warned):
+    torch.manual_seed(0)
+    model, x = linear(48, 3), torch.rand(50, 3, 4, 4)
+    with torch.no_grad():
+        model[1].weight.mul_(scale)
+        y = model(x).argmax(1)  # confident and right: the cross-entropy's gradient underflows
+    metrics = common.evaluate(model, [(x, y)], Attack(eps=8 / 255))
+    printed = capsys.readouterr().err
+    assert warned == ("gradient of exactly zero on" in printed and "autoattack" in printed)
+    assert printed.count("\n") == warned and metrics["n"] == 50
 
 
 def test_local_lipschitzness_is_a_tight_lower_bound_on_a_linear_network():
     torch.manual_seed(0)
     model = linear(12, 2)
-    model.precision, weight = "fp32", model[1].weight.detach()
+    weight = model[1].weight.detach()
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=12)))
     largest = (signs @ weight.T).abs().sum(1).max().item()  # of ‖Wδ‖₁ over the corners ‖δ‖∞ = 1
-    stream = common.padded_batches(torch.full((5, 3, 2, 2), 128, dtype=torch.uint8), torch.zeros(5), 3)
+    stream = [(torch.full((5, 3, 2, 2), 0.5), torch.zeros(5))]
     found = common.local_lipschitzness(model, stream, Attack(eps=0.1, step_size=0.02, steps=20))
     assert 0.9 * largest < found <= largest * 1.001
+    assert common.local_lipschitzness(model, stream, Attack(eps=0)) == 0
 
 
 # ------------------------------------------------------------------------------------------------- run folder
@@ -559,16 +757,17 @@ def lines_of(path):
 
 
 def assert_same_runs(*folders):
-    """Weights, optimizer, random numbers, log but for the times, and metrics, all equal to the last bit."""
+    """Weights, optimizer, log but for the times, and metrics, all equal to the last bit."""
     found = [{name: common.read_checkpoint(folder / name) for name in ("last.pt", "best.pt")}
              for folder in folders]
-    for checkpoint in (checkpoint for pair in found for checkpoint in pair.values()):
-        del checkpoint["args"]
-    torch.testing.assert_close(*found, rtol=0, atol=0)
-    logs = [common.read_log(folder / "log.jsonl") for folder in folders]
-    for entry in itertools.chain(*logs):
+    logs = [[log_of(folder), *(checkpoint.pop("log") for checkpoint in pair.values())]
+            for folder, pair in zip(folders, found)]
+    for entry in itertools.chain.from_iterable(itertools.chain(*logs)):
         del entry["seconds"], entry["images_per_second"]
-    assert logs[0] == logs[1]
+    assert logs[0] == logs[1] and logs[0][0] == logs[0][1]
+    settings = [checkpoint.pop("args") for pair in found for checkpoint in pair.values()]
+    assert all(one == settings[0] for one in settings)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
     assert len({(folder / "metrics.json").read_bytes() for folder in folders}) == 1
 
 
@@ -579,8 +778,7 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(tiny, 
     killed = start_and_stop([ROOT / "train_trades.py", *tiny], lambda: lines_of(cut / "log.jsonl") >= 2,
                             signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL and lines_of(cut / "log.jsonl") in (2, 3)
-    with open(cut / "log.jsonl", "a") as file:
-        file.write('{"epoch": 3, "lr"')  # as a kill in the middle of a write leaves it
+    (cut / "log.jsonl").unlink()  # a log that is lost, or cut short, is whole again
     assert run(*tiny).returncode == run(*tiny, "--out", whole).returncode == 0
     assert_same_runs(whole, cut)
     assert lines_of(cut / "log.jsonl") == 4 and common.read_json(cut / "metrics.json")["last"]["n"] == 21
@@ -590,21 +788,44 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(tiny, 
     assert "natural" in capsys.readouterr().out.splitlines()[-1] and before == contents(cut)
 
 
+def test_an_epochs_random_numbers_follow_from_seed_and_epoch(tmp_path):
+    def draws(seed, epochs):
+        args = SimpleNamespace(out=str(tmp_path / f"{seed}"), epochs=epochs, seed=seed, script=__file__,
+                               precision="fp32")
+        return [torch.rand(3).tolist() for _ in common.Run(args, model=nn.Linear(1, 1)).epochs()]
+    first = draws(1, 3)
+    assert draws(1, 3) == first and draws(1, 2) == first[:2]
+    assert len({tuple(part) for part in [*first, *draws(2, 3)]}) == 6
+
+
 def test_ctrl_c_keeps_the_last_finished_epoch(tiny, write_npz, tmp_path):
     write_npz(n_train=480)
     stopped = start_and_stop([ROOT / "train_trades.py", *tiny, "--epochs", "50"],
                              lambda: lines_of(tmp_path / "run" / "log.jsonl") >= 2, signal.SIGINT)
-    assert stopped.returncode == 130 and "is kept" in stopped.err and stopped.err.count("\n") == 1
+    assert stopped.returncode == 130 and "interrupted; " in stopped.err and stopped.err.count("\n") == 1
     assert common.read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
+
+
+class Counter:
+    """A fork's own state: any part with a state_dict is kept."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
 
 
 def train_linear(folder, leave=None):
     """Three epochs of a linear network; `leave`: how the second is given up, by break, continue or raise."""
     torch.manual_seed(1)
-    model = linear(12, 3)
+    model, counter = linear(12, 3), Counter()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    args = SimpleNamespace(out=str(folder), epochs=3, code={}, accept_changed_code=False)
-    run = common.Run(args, model, optimizer, images=8)
+    args = SimpleNamespace(out=str(folder), epochs=3, seed=1, script=__file__, precision="fp32")
+    run = common.Run(args, model=model, optimizer=optimizer, counter=counter)
     for epoch in run.epochs():
         for i in range(4):
             loss = F.cross_entropy(model(torch.rand(2, 3, 2, 2)), torch.randint(0, 3, (2,)))
@@ -613,6 +834,7 @@ def train_linear(folder, leave=None):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            counter.steps += 1
             run.record(2, natural_risk=loss)
             if leave and epoch == 2 and i == 2:
                 break
@@ -629,7 +851,7 @@ def train_linear(folder, leave=None):
 
 
 @pytest.mark.parametrize("leave", ["break", "continue", "raise"])
-def test_a_loop_left_anywhere_resumes_to_the_same_weights(tmp_path, leave):
+def test_a_loop_left_anywhere_resumes_to_the_same_state(tmp_path, leave):
     whole, left = tmp_path / "whole", tmp_path / "left"
     train_linear(whole)
     with pytest.raises(ZeroDivisionError) if leave == "raise" else contextlib.nullcontext():
@@ -637,6 +859,7 @@ def test_a_loop_left_anywhere_resumes_to_the_same_weights(tmp_path, leave):
     assert common.read_checkpoint(left / "last.pt")["epoch"] == lines_of(left / "log.jsonl") == 1
     train_linear(left)
     assert_same_runs(whole, left)
+    assert common.read_checkpoint(left / "last.pt")["counter"] == {"steps": 9}
 
 
 class Disk:
@@ -645,6 +868,7 @@ class Disk:
     def __init__(self, patch, at=0, kill=False):
         self.count, self.at, self.kill = 0, at, kill
         patch.setattr(common, "open", self.open, raising=False)
+        patch.setattr(common, "lock", lambda *_: None)
         for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (Path, "mkdir")):
             patch.setattr(owner, name, self.counted(getattr(owner, name)))
 
@@ -684,16 +908,19 @@ def test_whichever_file_operation_fails_a_run_resumes_to_the_same_end(tmp_path, 
     for at in range(1, disk.count + 1):
         folder = tmp_path / str(at)
         capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        with monkeypatch.context() as patch, pytest.raises((SystemExit, OSError)) as ended:
             Disk(patch, at, kill)
             common.launch(lambda argv: train_linear(folder))
-        if not kill:  # one line and status 2
+        if not kill and ended.type is SystemExit:  # one line and status 2
             error = capsys.readouterr().err
             assert ended.value.code == 2 and error.count("\n") == 1
             assert error.startswith("train_linear.py: error: ") and "No space left on device" in error
         train_linear(folder)
         assert_same_runs(whole, folder)
-        assert set(contents(folder)) == {"args.json", "best.pt", "last.pt", "log.jsonl", "metrics.json"}, at
+        assert set(contents(folder)) == FILES | {Path(__file__).name}, at
+
+
+FILES = {".lock", "args.json", "best.pt", "common.py", "last.pt", "log.jsonl", "metrics.json"}
 
 
 def test_a_run_in_use_by_another_process_is_left_alone_until_that_ends(tiny, tmp_path):
@@ -705,38 +932,39 @@ def test_a_run_in_use_by_another_process_is_left_alone_until_that_ends(tiny, tmp
             refused.append(run(*tiny))
         return refused
 
-    hold = "import sys, time, common; from pathlib import Path; common.lock(Path(sys.argv[1])); " \
+    hold = "import sys, time, common; from pathlib import Path; kept = common.lock(Path(sys.argv[1])); " \
            "Path(sys.argv[2]).touch(); time.sleep(1000)"
     killed = start_and_stop(["-c", hold, folder, held], try_to_start, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     assert refused[0].returncode == 2 and refused[0].stderr.count("\n") == 1
     assert f"{folder} is in use by another process; choose another --out" in refused[0].stderr
-    assert not contents(folder)
+    assert set(contents(folder)) == {".lock"}
     train_trades.main([*tiny, "--epochs", "1"])  # the lock went with the process
     assert (folder / "metrics.json").exists()
 
 
 def test_the_folder_holds_what_the_readme_promises(tiny, tmp_path):
     data, out = load("tiny", tmp_path), tmp_path / "run"
-    chosen = data.test_subset(9)  # random, and the same in every run
-    assert len(set(chosen.tolist())) == 9 and not chosen.equal(torch.arange(9))
-    assert chosen.equal(data.test_subset(9)) and data.test_subset(None).equal(torch.arange(21))
+    (x, y), (again, _), (everything, _) = data.test(9), data.test(9), data.test()
+    assert len(x) == 9 and x.equal(again) and not x.equal(data.x_test[:9]) and everything.equal(data.x_test)
     train_trades.main([*tiny, "--test-size", "9"])
-    assert set(contents(out)) == {"args.json", "log.jsonl", "last.pt", "best.pt", "metrics.json"}
-    assert set(common.read_log(out / "log.jsonl")[-1]) == {
+    assert set(contents(out)) == FILES | {"train_trades.py"}
+    assert (out / "common.py").read_text() == (ROOT / "common.py").read_text()
+    assert set(log_of(out)[-1]) == {
         "epoch", "lr", "beta", "natural_risk", "robust_regularization", "lipschitz", "n", "attack", "seconds",
-        "images_per_second", "natural_accuracy", "robust_accuracy", "perturbation_stability", "monitored"}
+        "images_per_second", "natural_accuracy", "robust_accuracy", "perturbation_stability"}
     checkpoint = torch.load(out / "last.pt", weights_only=True)
     args = checkpoint["args"]
     assert checkpoint["epoch"] == 2 and args["method"] == "trades" and args["width"] == 1
+    assert args["data"] == data.hash and args == common.read_json(out / "args.json")
     for name, metrics in common.read_json(out / "metrics.json").items():
         assert metrics["n"] == 9 and metrics["attack"]["steps"] == 20
         assert metrics["attack"]["step_size"] == 0.003 and metrics["local_lipschitzness"] > 0
         natural, robust, stability = (metrics[key] for key in common.METRICS)
         assert robust <= min(natural, stability)
-        model = common.build_model("wrn", 10, 1, data.classes)
-        common.load_weights(model, common.read_checkpoint(out / f"{name}.pt")["model"], f"{name}.pt")
-        right = common.predict(model, common.to_float(data.x_test[chosen])) == data.y_test[chosen]
+        model = network(classes=data.classes)
+        common.load_weights(model, common.read_checkpoint(out / f"{name}.pt"), f"{name}.pt")
+        right = common.logits_of(model, common.to_float(x)).argmax(1) == y
         assert natural == pytest.approx(right.float().mean().item())
 
 
@@ -745,7 +973,7 @@ def test_best_is_the_epoch_of_highest_monitored_robust_accuracy(tiny, tmp_path, 
 
     def evaluate(model, *_):
         tested.append(model.fc.bias.clone())
-        return {**dict.fromkeys(common.METRICS, 0.5), "robust_accuracy": next(robust)}, {}
+        return {**dict.fromkeys(common.METRICS, 0.5), "robust_accuracy": next(robust)}
     monkeypatch.setattr(common, "evaluate", evaluate)
     train_trades.main([*tiny, "--epochs", "4"])
     metrics = common.read_json(tmp_path / "run" / "metrics.json")
@@ -755,45 +983,100 @@ def test_best_is_the_epoch_of_highest_monitored_robust_accuracy(tiny, tmp_path, 
         assert metrics[name]["robust_accuracy"] == accuracy and checkpoint["model"]["fc.bias"].equal(weights)
 
 
-def test_a_run_is_named_after_every_setting_that_is_not_the_default():
-    def started(*argv):
-        parser = common.training_parser(train_trades.__file__, "")
+@pytest.mark.parametrize("val_size, chosen_on", [(24, "validation"), (0, "test")])
+def test_the_report_says_what_best_was_chosen_on(tiny, tmp_path, val_size, chosen_on):
+    train_trades.main([*tiny, "--epochs", "1", "--val-size", str(val_size)])
+    line, = log_of(tmp_path / "run")
+    assert line["n"] == (val_size or 8)
+    assert common.read_json(tmp_path / "run" / "metrics.json")["best"]["best_chosen_on"] == chosen_on
+
+
+def test_default_names_are_short_and_defaults_those_of_the_network():
+    def started(*argv, file=train_trades.__file__):
+        parser = common.training_parser(file, "")
+        parser.add_argument("--beta", type=common.number(), default=6.0)
         return common.start(parser, [*argv, "--device", "cpu"])[0]
-    assert started().out == "runs/trades-cifar10-wrn34-10-beta6-seed1"
-    args = started(*"--beta 12 --epochs 5 --eps 8/255 --step-size 0.007 --data-dir x".split())
-    assert args.out == "runs/trades-cifar10-wrn34-10-beta12-seed1-epochs5-eps0.03137"
-    assert started("--arch", "densenet", "--width", "4").out == "runs/trades-cifar10-densenet34-4-beta6-seed1"
-    assert args.eps == 8 / 255 and args.step_size == 0.007  # ratios and decimals
+    for argv, name in (("", "trades-cifar10-wrn-34-10-beta6-seed1"),
+                       ("--beta 12 --epochs 5 --seed 3", "trades-cifar10-wrn-34-10-beta12-seed3"),
+                       ("--arch densenet", "trades-cifar10-densenet-40-12-beta6-seed1"),
+                       ("--arch preact --width 1/8", "trades-cifar10-preact-18-0.125-beta6-seed1"),
+                       ("--quick --width 2", "trades-synthetic-wrn-10-2-beta6-seed1")):
+        assert started(*argv.split()).name == name
+    assert started(file="/home/me/train_mart.py").name.startswith("mart-cifar10-")
 
 
-def test_a_run_does_not_go_on_with_other_code_unless_told_to(tiny, tmp_path):
+def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, write_npz):
+    """Settings, data, the script's code, common.py's; not words or the finished run itself."""
     script, shared = (Path(shutil.copy(ROOT / name, tmp_path)) for name in ("train_trades.py", "common.py"))
+    write_npz()
+    argv = ("--dataset tiny --data-dir . --depth 10 --width 1 --batch-size 16 --steps 1 --epochs 1 --device cpu "
+            "--step-size 0.031 --eval-size 8 --test-size 8 --precision fp32").split()
 
     def edited(path, old, new, *flags):
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new, 1))
-        return run(*tiny, "--epochs", "1", *flags, script=script, cwd=tmp_path)
+        found = run(*argv, *flags, script=script, cwd=tmp_path)
+        assert found.returncode == 0, found.stderr
+        return found.stdout
 
-    assert edited(script, "", "").returncode == 0
+    first = tmp_path / "runs" / "trades-tiny-wrn-10-1-beta6-seed1"
+    assert "holds another run" not in edited(script, "", "")
+    before = contents(first)
     shared.write_text(shared.read_text() + "\n# a comment\n")
-    assert "1 of 1 epochs done" in edited(script, '"""TRADES', '"""Words in the docstring. TRADES').stdout
-    before = contents(tmp_path / "run")
-    refused = edited(script, "natural_risk + beta *", "natural_risk + 2 * beta *")
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-    assert before == contents(tmp_path / "run")
-    assert "train_trades.py changed since; choose another --out, or --accept-changed-code" in refused.stderr
-    accepted = edited(shared, "0.001 * drawn", "0.002 * drawn", "--accept-changed-code")
-    assert accepted.returncode == 0 and "1 of 1 epochs done" in accepted.stdout
-    assert common.read_json(tmp_path / "run" / "args.json")["code"] == {
-        path.name: common.fingerprint(path) for path in (script, shared)}  # the run's code from now on
-    option = '    parser.add_argument("--extra-data",'  # one more is part of an accepted change
-    mine = option.replace("extra-data", "mine").replace('",', '", default=1)\n')
-    assert "changed since" in edited(script, option, mine + option).stderr
-    assert edited(script, "", "", "--accept-changed-code").returncode == 0
-    tiny[-2:], script = [], script.rename(tmp_path / "train_mine.py")
-    assert edited(script, "", "").returncode == 0
-    folder, = (tmp_path / "runs").iterdir()  # another script is another method
-    assert folder.name.startswith("mine-tiny-") and common.read_json(folder / "args.json")["method"] == "mine"
+    assert "1 of 1 epochs done" in edited(script, '"""TRADES', '"""Words in the docstring. TRADES')
+    assert before["last.pt"] == (first / "last.pt").read_bytes()
+    why = "{}{} holds another run ({}): this one goes to {}-{}"
+    short = Path("runs") / first.name
+    assert why.format(short, "", "--eps 0.031 there, 0.02 here", short, 2) in edited(
+        script, "", "", "--eps", "0.02", "--step-size", "0.02").replace("--step-size 0.031 there, 0.02 here; ", "") \
+        .replace("; --step-size 0.031 there, 0.02 here", "")
+    said = edited(script, "natural_risk + beta *", "natural_risk + 2 * beta *")
+    assert f"{short}-2 holds another run (" in said and f"train_trades.py was edited): this one goes to {short}-3" in said
+    assert "common.py was edited" in edited(shared, "0.001 * torch.randn", "0.002 * torch.randn")
+    write_npz(n_test=20)
+    assert "its data were others" in edited(shared, "", "")
+    assert "1 of 1 epochs done" in edited(shared, "", "")
+    assert sorted(path.name for path in first.parent.iterdir()) == [
+        first.name, *(f"{first.name}-{i}" for i in (2, 3, 4, 5))]
+    assert before["last.pt"] == (first / "last.pt").read_bytes()
+    script = script.rename(tmp_path / "train_mine.py")
+    edited(script, "", "")
+    assert (tmp_path / "runs" / first.name.replace("trades", "mine") / "train_mine.py").exists()
+
+
+def test_a_named_folder_with_another_run_is_left_alone(tiny, tmp_path, write_npz):
+    out = tmp_path / "run"
+    train_trades.main([*tiny, "--epochs", "1"])
+    before = contents(out)
+    with pytest.raises(UserError, match=r"another run \(--seed 1 there, 2 here; --beta 6.0 there, 12.0 here\)"):
+        train_trades.main([*tiny, "--epochs", "1", "--beta", "12", "--seed", "2"])
+    write_npz(n_train=80)
+    with pytest.raises(UserError, match=r"another run \(its data were others\); choose another --out"):
+        train_trades.main([*tiny, "--epochs", "1"])
+    assert before == contents(out)
+    write_npz()
+    for name in ("last.pt", "args.json"):  # whatever is there is not ours to overwrite
+        content = (out / name).read_bytes()
+        (out / name).unlink()
+        with pytest.raises(UserError, match=f"is there without {name}"):
+            train_trades.main([*tiny, "--epochs", "1"])
+        (out / name).write_bytes(content)
+    for name, content in (("args.json", b"[]{"), ("last.pt", b""), ("last.pt", before["last.pt"][:1000])):
+        (out / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            train_trades.main([*tiny, "--epochs", "1"])
+        (out / name).write_bytes(before[name])
+    train_trades.main([*tiny, "--epochs", "1"])
+
+
+def test_a_run_that_finished_no_epoch_may_start_over_with_other_settings(tiny, tmp_path):
+    out, argv = tmp_path / "run", [*tiny, "--epochs", "1"]
+    train_trades.main(argv)
+    for name in ("last.pt", "best.pt", "metrics.json", "log.jsonl"):
+        (out / name).unlink()
+    train_trades.main([*argv, "--eps", "0"])  # an attack of no size is an attack
+    metrics = common.read_json(out / "metrics.json")["last"]
+    assert metrics["perturbation_stability"] == 1 and metrics["local_lipschitzness"] == 0
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
@@ -802,6 +1085,7 @@ def test_a_run_does_not_go_on_with_other_code_unless_told_to(tiny, tmp_path):
 @pytest.mark.parametrize("argv, message", {
     "--no-such-flag": "unrecognized arguments", "--epochs 0": "must be at least 1",
     "--eps 1/0": "must be a number", "--eps two": "invalid number value", "--eps nan": "must be a number",
+    "--eps 3": "at most 1; 3/255", "--step-size 2": "at most 1; 2/255", "--width 0": "above 0",
     "--lr 0": "above 0", "--beta -1": "at least 0", "--schedule linear": "invalid choice",
     "--depth 35": r"6n \+ 4", "--dataset absent": "absent.npz is missing",
     "--device abacus": "no such device", "--device cuda": "no such device",
@@ -812,47 +1096,39 @@ def test_mistakes_are_named(tiny, tmp_path, argv, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_with_another_run_is_left_alone(tiny, tmp_path):
-    train_trades.main([*tiny, "--epochs", "1"])
-    before = contents(tmp_path / "run")
-    with pytest.raises(UserError, match=r"settings \(--beta 6.0 there, 12.0 here; --seed 1 there, 2 here\)"):
-        train_trades.main([*tiny, "--epochs", "1", "--beta", "12", "--seed", "2"])
-    assert before == contents(tmp_path / "run")
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harm",)
 
 
-HARM = Harmful(os.system, "touch harm")
 NO_CHECKPOINTS = {
-    "empty": (b"", "it is empty"),
-    "page": (b"\n<!DOCTYPE html><html>Not found</html>", "it is a web page; download the file itself"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a Git LFS pointer"),
-    "text": (b"some text", "it is cut short, or another kind of file"),
-    "pickle": (pickle.dumps(HARM, 2), "asks for posix.system, which could run code"),
-    "newer pickle": (pickle.dumps(HARM, 5), "asks for posix.system, which could run code"),
-    "saved": (HARM, "asks for posix.system, which could run code"),
-    "module": (linear(4, 2), "asks for torch.nn.modules.container.Sequential, which could run code"),
-}
+    "empty": b"", "page": b"\n<!DOCTYPE html><html>Not found</html>", "text": b"some text",
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "pickle": pickle.dumps(Harmful(), 2), "newer pickle": pickle.dumps(Harmful(), 5),
+    "saved": Harmful(), "module": nn.Linear(4, 2)}
 
 
 @pytest.mark.parametrize("case", NO_CHECKPOINTS)
-def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path, monkeypatch, capfd, recwarn, case):
+def test_what_is_no_checkpoint_is_quoted_in_one_line_and_runs_no_code(tmp_path, monkeypatch, capfd, recwarn, case):
     monkeypatch.chdir(tmp_path)
-    content, message = NO_CHECKPOINTS[case]
+    content = NO_CHECKPOINTS[case]
     if isinstance(content, bytes):
         Path("some.pt").write_bytes(content)
     else:
         torch.save({"model": content}, "some.pt")
     with pytest.raises(UserError) as caught:
         common.read_checkpoint("some.pt")
-    assert str(caught.value).startswith("some.pt cannot be read as a checkpoint of tensors: ")
-    assert message in str(caught.value) and not re.search("\n|weights_only|torch.load", str(caught.value))
+    start = repr(Path("some.pt").read_bytes()[:40])
+    assert str(caught.value).startswith("some.pt is no checkpoint of tensors") and start in str(caught.value)
+    assert not re.search("\n|weights_only|torch.load", str(caught.value))
     assert not recwarn and capfd.readouterr() == ("", "") and os.listdir() == ["some.pt"]
-    with pytest.raises(UserError, match="absent.pt: no such checkpoint"):
+    with pytest.raises(UserError, match="absent.pt: No such file"):
         common.read_checkpoint("absent.pt")
 
 
 @pytest.mark.parametrize("call, message", [
     (7, "natural risk not finite at epoch 2, step 3; epoch 1 is kept"),
-    (8, "weights not finite after epoch 2; epoch 1 is kept")])  # no loss is computed with these any more
+    (8, "model .* not finite after epoch 2; epoch 1 is kept")])  # no loss is computed with these any more
 def test_what_diverges_is_named_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch, call, message):
     genuine, calls = train_trades.trades_loss, []
 
@@ -865,168 +1141,20 @@ def test_what_diverges_is_named_and_the_last_checkpoint_stays(tiny, tmp_path, mo
             loss = loss * math.inf
         return loss, natural_risk, robust_regularization
     monkeypatch.setattr(train_trades, "trades_loss", diverging)
+    monkeypatch.setattr(common, "monitor", lambda *_: {})
     with pytest.raises(UserError, match=message):
         train_trades.main(tiny)
     checkpoint = common.read_checkpoint(tmp_path / "run" / "last.pt")
     assert checkpoint["epoch"] == 1 and all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
-def test_a_spoilt_run_folder_is_named(tiny, tmp_path):
-    out, argv = tmp_path / "run", [*tiny, "--epochs", "1"]
-    train_trades.main(argv)
-    whole = contents(out)
-    for name, content, *more in (("args.json", b"[]"), ("args.json", b"[]", "--precision", "auto"),
-                                 ("log.jsonl", b"{\n"), ("metrics.json", b"{}"), ("last.pt", b""),
-                                 ("last.pt", whole["last.pt"][:1000])):
-        (out / name).write_bytes(content)
-        with pytest.raises(UserError, match="run"):
-            train_trades.main([*argv, *more])
-        (out / name).write_bytes(whole[name])
-    (out / "last.pt").unlink()
-    with pytest.raises(UserError, match="finished run without its last.pt"):
-        train_trades.main(argv)
-
-
-def test_a_run_that_finished_no_epoch_may_start_over_with_other_settings(tiny, tmp_path):
-    out, argv = tmp_path / "run", [*tiny, "--epochs", "1"]
-    train_trades.main(argv)
-    for name in ("last.pt", "best.pt", "metrics.json"):
-        (out / name).unlink()
-    train_trades.main([*argv, "--eps", "0"])  # an attack of no size is an attack
-    assert lines_of(out / "log.jsonl") == 1
-    metrics = common.read_json(out / "metrics.json")["last"]
-    assert metrics["perturbation_stability"] == 1 and metrics["local_lipschitzness"] == 0
-
-
-# --------------------------------------------------------------------------------- what a width study needs
-
-
-def test_held_out_images_are_others_and_leave_the_training_subset_as_it_was(tmp_path):
-    arrays = common.synthetic(n_train=60, n_test=5)
-    arrays["x_train"][:, 0, 0, 0] = np.arange(60)  # numbers the images
-    np.savez(tmp_path / "toy.npz", **arrays)
-
-    def numbers(x):
-        return x[:, 0, 0, 0].tolist()
-
-    plain, held = (common.load_data("toy", tmp_path, "cpu", 40, seed=3, val_size=n) for n in (0, 15))
-    assert plain.x_val is None and numbers(held.x_train) == numbers(plain.x_train)
-    assert len(held.x_val) == 15 and not {*numbers(held.x_val)} & {*numbers(held.x_train)}
-    rest = common.load_data("toy", tmp_path, "cpu", seed=3, val_size=15)
-    assert sorted(numbers(rest.x_train) + numbers(rest.x_val)) == list(range(60))
-    assert numbers(rest.x_val) == numbers(held.x_val)
-    assert (held.y_val.numpy() == arrays["y_train"][numbers(held.x_val)]).all()
-    with pytest.raises(UserError, match="--train-size 50 and --val-size 15: .* has 60 training images"):
-        common.load_data("toy", tmp_path, "cpu", 50, val_size=15)
-
-
-@pytest.mark.parametrize("val_size, chosen_on", [(24, "validation"), (0, "test")])
-def test_the_monitor_says_what_it_looks_at(tiny, tmp_path, monkeypatch, val_size, chosen_on):
-    seen, evaluate = [], common.evaluate
-    monkeypatch.setattr(common, "evaluate", lambda *a, **k: seen.append(evaluate(*a, **k)) or seen[-1])
-    train_trades.main([*tiny, "--epochs", "1", "--val-size", str(val_size)])
-    line, = common.read_log(tmp_path / "run" / "log.jsonl")
-    assert line["monitored"] == chosen_on and line["n"] == len(seen[0][1]["label"]) == (val_size or 8)
-    assert common.read_json(tmp_path / "run" / "metrics.json")["best"]["best_chosen_on"] == chosen_on
-
-
-def test_the_average_of_the_weights_by_hand():
-    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
-    args = SimpleNamespace(ema=0.6, epochs=10, batch_size=5)
-    data = SimpleNamespace(x_train=torch.zeros(40, 1))
-    average = common.WeightAverage(network, args, data)  # 80 steps: 2 of warm-up
-    expected = None
-    for step in range(20):
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(torch.randn_like(parameter))
-            network[1].running_mean.add_(1)
-        weight = network[0].weight.detach().clone()
-        decay = 0 if step < 2 else min(0.6, (step - 1) / (step + 8))
-        expected = weight if step == 0 else decay * expected + (1 - decay) * weight
-        average.update()
-        assert torch.allclose(average.model[0].weight, expected, rtol=0, atol=1e-14)
-        assert torch.equal(average.model[1].running_mean, network[1].running_mean)
-    assert not torch.allclose(expected, weight)
-    args.ema = None
-    assert common.WeightAverage(network, args, data).model is network
-
-
-@pytest.mark.parametrize("epochs", [30, 41, 100, 400])
-def test_one_cycle_is_that_of_pytorch(epochs):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=epochs, pct_start=0.025)
-    for epoch in range(epochs):
-        ours = 0.2 * common.SCHEDULES["one-cycle"](epoch / epochs, epochs)
-        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
-        optimizer.step()
-        if epoch + 1 < epochs:
-            theirs.step()
-
-
-def test_norms_can_be_free_of_weight_decay():
-    model = common.build_model("wrn", 10, 1, 10)
-    everything, = common.sgd(model, 0.1, 5e-4).param_groups
-    assert everything["params"] == list(model.parameters()) and everything["weight_decay"] == 5e-4
-    decayed, free = common.sgd(model, 0.1, 5e-4, nesterov=True, decay_norms=False).param_groups
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert free["weight_decay"] == 0 and decayed["weight_decay"] == 5e-4 and decayed["nesterov"]
-    assert {".bn" in "." + names[id(p)] for p in free["params"]} == {True}
-    assert not any(".bn" in "." + names[id(p)] for p in decayed["params"])
-    assert len(free["params"]) + len(decayed["params"]) == len(names)
-
-
-@pytest.mark.parametrize("arch, depth, width", [("wrn", 10, 1), ("densenet", 10, 4)])
-def test_silu_takes_the_place_of_every_relu(monkeypatch, arch, depth, width):
-    x = torch.rand(2, 3, 16, 16)
-    torch.manual_seed(0)
-    smooth = common.build_model(arch, depth, width, 10, "silu").eval()
-    torch.manual_seed(0)
-    monkeypatch.setitem(common.ACTIVATIONS, "relu", lambda z: z * torch.sigmoid(z))  # SiLU by its definition
-    by_definition = common.build_model(arch, depth, width, 10).eval()
-    monkeypatch.setattr(F, "relu", None)  # nothing calls it behind the table's back
-    assert torch.allclose(smooth(x), by_definition(x), atol=1e-5)
-
-
-def test_a_run_starts_from_given_weights(tiny, tmp_path):
-    flags = [*tiny, "--epochs", "1", "--lr", "1e-30", "--weight-decay", "0"]
-    train_trades.main([*flags, "--out", str(tmp_path / "first")])
-    torch.save({"state_dict": {"module." + key: value for key, value in
-                               common.read_checkpoint(tmp_path / "first" / "last.pt")["model"].items()}},
-               tmp_path / "published.pt")
-    train_trades.main([*flags, "--seed", "2", "--init", str(tmp_path / "published.pt"),
-                   "--out", str(tmp_path / "second")])
-    first, second = (common.read_checkpoint(tmp_path / name / "last.pt") for name in ("first", "second"))
-    assert torch.equal(first["model"]["fc.weight"], second["model"]["fc.weight"])
-    with pytest.raises(UserError, match="published.pt holds another network"):
-        train_trades.main([*flags, "--width", "2", "--init", str(tmp_path / "published.pt"),
-                       "--out", str(tmp_path / "third")])
-
-
-# ----------------------------------------------------------------------------- width-adjusted regularization
-
-
-@pytest.mark.parametrize("answer, inertia", [(0.7, 0.0), (1.34, 0.0), (1.34, 0.6), (1.8, 0.0)])
-def test_lambda_is_brought_to_the_reference_ratio_and_stays(answer, inertia):
-    """A run whose ratio follows c·λ^answer, at once or with a lag: c half of what the reference has."""
-    reference = [{"beta": 6.0, "natural_risk": 1 + 2 ** (e / 50), "robust_regularization": 0.02}
-                 for e in range(100)]
-    log, level = [], None
-    for line in reference:
-        beta = common.adjusted_beta(log, reference)
-        aim = math.log(0.5 * line["natural_risk"] / 0.02 * (beta / 6) ** answer)
-        level = aim if level is None else inertia * level + (1 - inertia) * aim
-        log.append({"beta": beta, "natural_risk": math.exp(level), "robust_regularization": 1.0})
-    found = [a["natural_risk"] * 0.02 / b["natural_risk"] for a, b in zip(log, reference)]
-    assert found[0] == pytest.approx(0.5) and all(abs(x - 1) < 0.1 for x in found[33:])
-    assert log[-1]["beta"] == pytest.approx(6 * 2 ** (1 / answer), rel=0.1)
-
-
-def test_lambda_stays_between_the_references_and_ten_times_that():
-    reference = [{"beta": 6.0, "natural_risk": 1.0, "robust_regularization": 0.01}] * 9
-    for risk, beta in ((1e-3, 60.0), (1e3, 6.0), (0.0, 6.0)):  # without a risk there is no ratio: λ stays
-        log = []
-        for _ in range(8):
-            log.append({"beta": common.adjusted_beta(log, reference), "natural_risk": risk,
-                        "robust_regularization": 0.01})
-        assert log[0]["beta"] == 6.0 and log[-1]["beta"] == beta
+def test_a_forkers_own_mistake_keeps_its_traceback(tmp_path):
+    """Only a UserError, no memory and Ctrl-C are one line."""
+    script = tmp_path / "train_fork.py"
+    script.write_text("import sys\nsys.path.insert(0, sys.argv[1])\nimport common\n"
+                      "def main(argv):\n    open('my_prior.npy')\ncommon.launch(main)\n")
+    found = run(ROOT, script=script, cwd=tmp_path)
+    assert found.returncode == 1 and "line 5" in found.stderr and "my_prior.npy" in found.stderr
+    script.write_text(script.read_text().replace("open('my_prior.npy')", "raise common.UserError('so\\nso')"))
+    found = run(ROOT, script=script, cwd=tmp_path)
+    assert found.returncode == 2 and found.stderr == "train_fork.py: error: so so\n"

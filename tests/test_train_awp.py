@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from conftest import log_of
 
 import common
 import train_awp
@@ -39,7 +40,7 @@ def test_trades_loss_is_that_of_train_trades_exactly(problem):
 @pytest.mark.parametrize("arch, width", [("wrn", 1), ("densenet", 4)])
 def test_perturbing_leaves_model_statistics_and_gradients_alone(arch, width):
     torch.manual_seed(0)
-    model = common.build_model(arch, 10, width, 10)
+    model = common.NETWORKS[arch](10, width, 10)
     model.train()(torch.rand(32, 3, 16, 16))
     x = torch.rand(8, 3, 16, 16)
     before = copy.deepcopy(model.state_dict())
@@ -72,14 +73,14 @@ def trained(script, arguments, out):
 def test_gamma_zero_is_trades_bit_for_bit(tiny, tmp_path):
     tiny += ["--schedule", "cosine"]
     awp = trained(train_awp, [*tiny, "--gamma", "0", "--warmup", "0"], tmp_path / "awp")
-    settings = ["--eps", "8/255", "--step-size", "2/255", "--weight-decay", "5e-4"]
+    settings = ["--eps", "8/255", "--weight-decay", "5e-4"]
     trades = trained(train_trades, [*tiny, *settings], tmp_path / "trades")
     assert all(value.equal(trades[key]) for key, value in awp.items())  # running statistics too
 
 
 def test_perturbation_is_removed_to_rounding(tiny, tmp_path):
     """At a learning rate that moves nothing, float32 weights stay where they were though γ is not 0."""
-    torch.manual_seed(1)
+    common.seed_everything(1)
     start = common.WideResNet(10, 1, 10).state_dict()
     end = trained(train_awp, [*tiny, "--warmup", "0", "--lr", "1e-12"], tmp_path / "run")
     for key, value in start.items():
@@ -96,8 +97,8 @@ def test_warmup_epochs_are_plain_trades(tiny, tmp_path, monkeypatch):
 
 
 def test_training_on_synthetic_data_lowers_the_risk_and_gives_robustness(train_on_synthetic):
-    out, log, metrics, _ = train_on_synthetic(train_awp.main, "--warmup", "1", "--step-size", "8/255")
-    assert out.name.startswith("awp-synthetic-wrn10-1-beta6-seed1") and "warmup1" in out.name
+    out, log, metrics, settings = train_on_synthetic(train_awp.main, "--step-size", "8/255")
+    assert out.name == "awp-synthetic-wrn-10-1-beta6-seed1" and settings["warmup"] == 1
     assert log[-1]["natural_risk"] < log[0]["natural_risk"]
     assert metrics["robust_accuracy"] > 0.3 and metrics["attack"]["eps"] == 8 / 255  # chance: 0.1
 
@@ -109,11 +110,11 @@ def test_defaults_are_the_recipe(monkeypatch):
         train_awp.main([])
     wanted = {"eps": 8 / 255, "step_size": 2 / 255, "steps": 10, "weight_decay": 5e-4, "lr": 0.1,
               "batch_size": 128, "epochs": 200, "schedule": "step", "gamma": 0.005, "warmup": 10,
-              "arch": "wrn", "depth": 34, "width": 10, "method": "awp"}
+              "arch": "wrn", "method": "awp"}
     assert {key: vars(started[0])[key] for key in wanted} == wanted
 
 
 def test_rate_falls_at_half_and_three_quarters(tiny, tmp_path):
     trained(train_awp, [*tiny, "--schedule", "step", "--epochs", "4", "--steps", "0"], tmp_path / "run")
-    log = common.read_log(tmp_path / "run" / "log.jsonl")
+    log = log_of(tmp_path / "run")
     assert [entry["lr"] for entry in log] == pytest.approx([0.1, 0.01, 0.001, 0.001])
