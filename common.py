@@ -22,8 +22,9 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Before PyTorch: threads that wait by spinning slow each other many times over when another job runs.
+# Before PyTorch is imported: threads that wait by spinning slow each other many times over when another job runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # fp32 is the exact reference, whoever asks otherwise
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -391,7 +392,7 @@ class DenseNet(Network):
 
 
 class PreActResNet(Network):
-    """PreActResNet-18 or -10, 64·width channels first (He et al. 2016), named as AWP and Fast AT publish it."""
+    """PreActResNet-18 or -10, 64·width channels first (He et al. 2016), named as AWP publishes it."""
 
     usual, classifier = (18, 1), "linear"
 
@@ -458,8 +459,8 @@ def load_weights(model, checkpoint, source, new_classifier=False):
     classes is left as it was initialized, which is said in one line.
     """
     state, others = parameters_of(checkpoint)
-    state |= {name: value for name, value in others.items() if not name.endswith("n_averaged")}
-    state = {name: value for name, value in state.items() if not name.startswith("sub_block1.")}
+    state = {name: value for name, value in (others | state).items()
+             if not name.startswith("sub_block1.") and not name.endswith("n_averaged")}
     own = model.state_dict()
     classifier = [f"{getattr(model, 'classifier', '')}.{part}" for part in ("weight", "bias")]
     if new_classifier and any(name in state and state[name].shape != own[name].shape for name in classifier
@@ -527,7 +528,6 @@ def set_execution(args, images, *models):
         part.precision = args.precision
     if device.type == "cuda":
         torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 10
-        os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)
         torch.set_float32_matmul_precision("highest")
         warnings.filterwarnings("ignore", message=".*(TensorFloat32|TF32)")  # advice that we must not take
         torch.backends.cudnn.allow_tf32 = False
@@ -1172,17 +1172,18 @@ def syntax(path):
 def lock(folder, wait=False):
     """An open file that keeps other processes out of `folder`; UserError if one is in there and not `wait`.
 
-    None where the file system has no locks: then nobody is kept out.
+    None where there are no locks (Windows, some file systems): nobody is kept out then, which a warning says.
     """
     try:
+        if not fcntl:
+            raise OSError("this system has no fcntl")
         handle = open(folder / ".lock", "w")
-        if fcntl:
-            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return handle
     except BlockingIOError:
         raise UserError(f"{folder} is in use by another process; choose another --out") from None
-    except OSError:
-        return None
+    except OSError as error:
+        warn(f"{folder} cannot be locked ({error}): let no other process in there")
 
 
 def duration(seconds):
@@ -1241,6 +1242,7 @@ BESIDE_WEIGHTS = [argparse.Namespace, (_Dtype, "numpy.dtype"), (_number, "numpy.
 
 def read_checkpoint(path):
     """A checkpoint's dict, on the CPU, read without running any code in it, or UserError."""
+    path = Path(path).expanduser()
     try:
         with warnings.catch_warnings():  # our line says it all
             warnings.simplefilter("ignore")
@@ -1369,7 +1371,7 @@ def training_parser(file, doc, quick=None, **defaults):
     add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=integer(), default=100, help="passes over the training images")
-    add("--batch-size", type=integer(), default=128, help="images a step")
+    add("--batch-size", type=integer(2), default=128, help="images a step; BatchNorm needs two")
     add("--lr", type=number(above=True), default=0.1, help="base learning rate of SGD with momentum 0.9")
     add("--weight-decay", type=number(), default=2e-4, help="L2 penalty on every parameter")
     add("--nesterov", action="store_true", help="Nesterov momentum")
