@@ -77,8 +77,8 @@ def extra(tmp_path):
 
 def test_training_with_extra_data(tiny, extra, tmp_path, monkeypatch):
     seen, loss = [], train_trades.trades_loss
-    monkeypatch.setattr(train_trades, "trades_loss",
-                        lambda model, x, x_adv, y, *rest: seen.append(len(x)) or loss(model, x, x_adv, y, *rest))
+    monkeypatch.setattr(train_trades, "trades_loss", lambda model, x, *rest: (
+        seen.append(len(x)) or loss(model, x, *rest)))
     train_trades.main([*tiny, *extra, "--nesterov", "--schedule", "cosine", "--epochs", "1"])
     assert seen == [16] * 4  # as many images as the labelled set has
     checkpoint = common.read_checkpoint(tmp_path / "run" / "last.pt")
@@ -178,9 +178,9 @@ def test_lambda_follows_the_reference_and_wants_a_fitting_one(tiny, tmp_path, mo
                           (["--reference", "none"], "none/last.pt: No such file"),
                           (["--reference", "narrow", "--epochs", "4"], "--epochs 2 there, 4 here"),
                           (["--reference", "narrow", "--eps", "0.02"], "--eps 0.031 there"),
-                          (["--reference", "narrow", "--label-smoothing", "0.1"], "--label-smoothing 0.0 there"),
+                          (["--reference", "narrow", "--label-smoothing", "0.1"], "--label-smoothing 0.0 "),
                           (["--reference", "narrow", "--steps", "3"], "--steps 2 there"),
-                          (["--reference", "narrow", "--weight-decay", "1e-3"], "--weight-decay 0.0002 there"),
+                          (["--reference", "narrow", "--weight-decay", "1e-3"], "--weight-decay 0.0002 "),
                           (["--reference", "narrow", "--beta", "3"], "go together")):
         with pytest.raises(UserError, match=message):
             train_trades.main([*auto, *more])
@@ -376,7 +376,8 @@ for w, move, a, b in zip(weights, moves, *grads):
 calls = []
 def count():
     calls.append(1)
-    return common.evaluate(model.float(), common.in_order(data.x_test, data.y_test, 16), common.Attack(steps=2))
+    stream = common.in_order(data.x_test, data.y_test, 16)
+    return common.evaluate(model.float(), stream, common.Attack(steps=2))
 found = gathered(common.on_first(count))
 assert found[0] == found[1] and found[0]["n"] == 40 and len(calls) == (RANK == 0)
 print(f"process {{RANK}} agrees", file=sys.stderr, flush=True)
