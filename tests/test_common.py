@@ -733,6 +733,26 @@ def test_local_lipschitzness_is_a_tight_lower_bound_on_a_linear_network():
     assert common.local_lipschitzness(model, stream, Attack(eps=0)) == 0
 
 
+def test_local_lipschitzness_of_compiled_code_sees_one_shape_and_no_copies():
+    model, sizes = linear(12, 2), set()
+    model._compiled_call_impl = lambda x: sizes.add(len(x)) or model.forward(x)  # as if
+    x = torch.full((8, 3, 2, 2), 0.5)
+    attack = Attack(eps=0.1, step_size=0.2, steps=1, start="none")
+    found = common.local_lipschitzness(model, [(x[:5], x), (x[5:], x)], attack)
+    assert sizes == {5} and common.local_lipschitzness(model, [(x, x)], attack) == pytest.approx(found)
+
+
+def test_torchrun_gives_each_process_its_own_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(common, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: chosen.append(backend))
+    for device in "cuda", "cuda:0":
+        assert common.connect(None, torch.device(device)) == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1"), "nccl"] * 2
+
+
 # ------------------------------------------------------------------------------------------------- run folder
 
 
@@ -745,7 +765,8 @@ def run(*extra, script=ROOT / "train_trades.py", **options):
 def start_and_stop(command, when, how, timeout=120):
     """Start a Python process, send it the signal `how` as soon as `when()` holds, and return it, finished."""
     process = subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, cwd=ROOT)
+                               stderr=subprocess.PIPE, cwd=ROOT,  # `nohup pytest &` ignores Ctrl-C:
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + timeout
     while not when() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -825,12 +846,12 @@ class Counter:
         self.steps = state["steps"]
 
 
-def train_linear(folder, leave=None):
-    """Three epochs of a linear network; `leave`: how the second is given up, by break, continue or raise."""
+def train_linear(folder, leave=None, epochs=3):
+    """Epochs of a linear network; `leave`: how the second is given up, by break, continue or raise."""
     torch.manual_seed(1)
     model, counter = linear(12, 3), Counter()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    args = SimpleNamespace(out=str(folder), epochs=3, seed=1, script=__file__, precision="fp32")
+    args = SimpleNamespace(out=str(folder), epochs=epochs, seed=1, script=__file__, precision="fp32")
     run = common.Run(args, model=model, optimizer=optimizer, counter=counter)
     for epoch in run.epochs():
         for i in range(4):
@@ -910,19 +931,19 @@ def test_whichever_file_operation_fails_a_run_resumes_to_the_same_end(tmp_path, 
     monkeypatch.setattr(os, "fsync", lambda _: None)  # takes its time, and no power fails here
     with monkeypatch.context() as patch:
         disk = Disk(patch)
-        train_linear(whole)
+        train_linear(whole, epochs=2)
     assert disk.count > 60 and common.read_checkpoint(whole / "best.pt")["epoch"] == 2
     for at in range(1, disk.count + 1):
         folder = tmp_path / str(at)
         capsys.readouterr()
         with monkeypatch.context() as patch, pytest.raises((SystemExit, OSError)) as ended:
             Disk(patch, at, kill)
-            common.launch(lambda argv: train_linear(folder))
+            common.launch(lambda argv: train_linear(folder, epochs=2))
         if not kill and ended.type is SystemExit:  # one line and status 2
             error = capsys.readouterr().err
             assert ended.value.code == 2 and error.count("\n") == 1
             assert error.startswith("train_linear.py: error: ") and "No space left on device" in error
-        train_linear(folder)
+        train_linear(folder, epochs=2)
         assert_same_runs(whole, folder)
         assert set(contents(folder)) == FILES | {Path(__file__).name}, at
 
@@ -1032,19 +1053,16 @@ def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, write
     shared.write_text(shared.read_text() + "\n# a comment\n")
     assert "1 of 1 epochs done" in edited(script, '"""TRADES', '"""Words in the docstring. TRADES')
     assert before["last.pt"] == (first / "last.pt").read_bytes()
-    why = "{}{} holds another run ({}): this one goes to {}-{}"
     short = Path("runs") / first.name
-    assert why.format(short, "", "--weight-decay 0.0002 there, 0.001 here", short, 2) in edited(
-        script, "", "", "--weight-decay", "1e-3")
     said = edited(script, "natural_risk + beta *", "natural_risk + 2 * beta *")
-    assert f"{short}-2 holds another run (" in said
-    assert f"train_trades.py was edited): this one goes to {short}-3" in said
-    assert "common.py was edited" in edited(shared, "0.001 * torch.randn", "0.002 * torch.randn")
+    assert f"{short} holds another run (train_trades.py was edited): this one goes to {short}-2" in said
+    said = edited(shared, "0.001 * torch.randn", "0.002 * torch.randn", "--weight-decay", "1e-3")
+    why = "--weight-decay 0.0002 there, 0.001 here; common.py was edited"
+    assert f"{short}-2 holds another run ({why}): this one goes to {short}-3" in said
     write_npz(n_test=20)
-    assert "its data were others" in edited(shared, "", "")
-    assert "1 of 1 epochs done" in edited(shared, "", "")
+    assert "its data were others" in edited(shared, "", "", "--weight-decay", "1e-3")
     assert sorted(path.name for path in first.parent.iterdir()) == [
-        first.name, *(f"{first.name}-{i}" for i in (2, 3, 4, 5))]
+        first.name, *(f"{first.name}-{i}" for i in (2, 3, 4))]
     assert before["last.pt"] == (first / "last.pt").read_bytes()
     script = script.rename(tmp_path / "train_mine.py")
     edited(script, "", "")

@@ -222,8 +222,9 @@ def cifar100(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": None})
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("arch, width", [("wrn", "1"), ("densenet", "4"), ("preact", "1/8")])
+@pytest.mark.parametrize("script, arch, width", [
+    (train_trades, "wrn", "1"), (train_at, "densenet", "4"), (train_awp, "preact", "1/8"),
+    (train_awp, "densenet", "4")])
 def test_every_script_trains_on_cifar100(tiny, cifar100, tmp_path, monkeypatch, script, arch, width):
     monkeypatch.setattr(common, "report_attack", lambda eps: Attack(step_size=0.03, steps=2))
     out = tmp_path / "run"
@@ -296,8 +297,9 @@ def test_no_flip_never_mirrors(tiny, extra, monkeypatch, script, more, flags, sh
     assert abs(torch.cat(flipped).float().mean().item() - share) < 0.2 * share + 1e-9
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("odd", [{"classes": 1}, {"size": 4}, {"n_train": 1, "classes": 1}, {"n_test": 1}])
+@pytest.mark.parametrize("script, odd", [
+    (train_trades, {"classes": 1}), (train_at, {"size": 4}), (train_awp, {"n_train": 1, "classes": 1}),
+    (train_trades, {"n_train": 1, "classes": 1}), (train_at, {"n_test": 1})])
 def test_odd_data_sets_work(tiny, tmp_path, write_npz, script, odd):
     write_npz(**odd)
     script.main([*tiny, "--epochs", "1"])
