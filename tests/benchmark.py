@@ -19,8 +19,8 @@ adds a rival with that search.
 Each participant is a process. A round is a turn of each, forwards and backwards alternately; a turn is
 --block steps between two waits for the device. s/step is the median of the rounds. "A / this" says how many
 times as long A took as this row in the same round: median (lowest-highest). "of best" is arithmetic per
-second, as a share of that of a large matrix product in fp32 or bf16, whichever is faster here: the
-convolutions and matrix products of a forward pass, counted, times PASSES. GB: a process's peak CUDA memory.
+second, as a share of that of a large matrix product in the row's precision: the convolutions and matrix
+products of a forward pass, counted, times PASSES. GB: a process's peak CUDA memory.
 """
 import ast
 import importlib
@@ -50,6 +50,7 @@ PASSES = {"trades": lambda k: 1 + 2 * k + 6,    # clean probabilities, attack, a
           "at": lambda k: 2 * k + 6,
           "awp": lambda k: 1 + 2 * k + 6 + 6,   # the weights' perturbation costs as much as an update
           "fast": lambda k: 2 + 3}              # FGSM, an update with x̂ alone
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def clock(device):
@@ -59,14 +60,15 @@ def clock(device):
     return time.perf_counter()
 
 
-def matrix_rate(device, dtype):
+def matrix_rate(device, precision):
     """FLOP/s of a large matrix product, the best of ten."""
     size, times = 8192 if device.type == "cuda" else 2048, []
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    a, b = torch.randn(2, size, size, device=device).to(getattr(torch, DTYPES[precision]))
     for _ in range(10):
         begin = clock(device)
         a @ b
         times.append(clock(device) - begin)
+    torch.cuda.empty_cache()  # leaves the memory to the others
     return 2 * size ** 3 / min(times)
 
 
@@ -113,16 +115,16 @@ class Turns:
 class Recorder:
     """Takes the place of common.Run: epochs without end, of which each step counts."""
 
-    def __init__(self, turns, args, model, optimizer, images, average=None):
-        self.turns, self.epoch, self.log = turns, args.epochs - 1, []  # AWP acts, and nothing is evaluated
-        size = args.crops[0] if args.method == "fast_imagenet" else 32
-        with FlopCounterMode(display=False) as counter, common.attack_mode(model), torch.no_grad():
-            model.forward(torch.zeros(1, 3, size, size, device=turns.device))  # never compiled: that hides it
-        turns.ready(precision=model.precision, flops=counter.get_total_flops())
+    def __init__(self, turns, args, data, /, model, **parts):
+        self.turns, self.args, self.model = turns, args, model
 
     def epochs(self):
+        size = getattr(self.args, "crops", [32])[0]
+        with FlopCounterMode(display=False) as counter, common.attack_mode(self.model), torch.no_grad():
+            self.model.forward(torch.zeros(1, 3, size, size, device=self.turns.device))  # never compiled
+        self.turns.ready(precision=self.args.precision, flops=counter.get_total_flops())
         while True:
-            yield self.epoch
+            yield self.args.epochs - 1  # AWP acts, and nothing is evaluated
 
     def record(self, images, **scalars):
         self.turns.step()
@@ -137,26 +139,23 @@ class Recorder:
 class RandomImages:
     """Takes the place of Fast AT's folder of images: one batch again and again, on the device."""
 
-    classes = range(1000)
-
-    def __init__(self, args, split, device):
-        self.device = device
+    classes, hash = range(1000), ""
 
     def __len__(self):
         return 10 ** 6
 
-    def batches(self, phase, order, seed=None):
+    def batches(self, phase, order, args, device, seed=()):
         n, size = phase.batch_size, phase.crop
-        crops = torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, device=self.device)
-        y = torch.arange(n, device=self.device) % 1000
+        crops = torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, device=device)
+        y = torch.arange(n, device=device) % len(self.classes)
         while True:
-            yield common.to_float(crops.permute(0, 3, 1, 2)), y, n
+            yield common.to_float(crops.permute(0, 3, 1, 2)), y
 
 
 def ours(turns, method, argv):
     """Take part with a training script's own main."""
     script = importlib.import_module("train_fast_imagenet" if method == "fast" else f"train_{method}")
-    common.Run, script.Images = partial(Recorder, turns), RandomImages
+    common.Run, script.load = partial(Recorder, turns), lambda args: (RandomImages(), RandomImages())
     script.main(argv)
 
 
@@ -171,7 +170,7 @@ def rival(turns, args, autotune):
 
     def build():
         if args.arch != "wrn":
-            return common.build_model(args.arch, args.depth, args.width, 10).to(device)
+            return common.NETWORKS[args.arch](args.depth, args.width, 10).to(device)
         network_class = importlib.import_module("models.wideresnet").WideResNet
         return network_class(depth=args.depth, num_classes=10, widen_factor=args.width).to(device)
 
@@ -261,12 +260,14 @@ class Side:
             self.seconds.append(seconds)
             self.peaks.append(peak)
 
-    def row(self, others, batch_size, passes, best_rate):
+    def row(self, others, batch_size, passes, rates):
         """Cells of the table, the ratio to each of `others` among them; passes: forward passes in a step."""
-        seconds, peak = median(self.seconds), max(self.peaks)
-        share = self.facts.get("flops", 0) * batch_size * passes / seconds / best_rate
-        yield from (self.name, f"{seconds:.4g}", f"{batch_size / seconds:.4g}")
-        yield from (f"{100 * share:.1f} %" if share else "", f"{peak / 1e9:.2f}" if peak else "")
+        seconds, peak, share = median(self.seconds), max(self.peaks), ""
+        if self.facts:  # ours
+            rate = self.facts["flops"] * batch_size * passes / seconds
+            share = f"{100 * rate / rates[self.facts['precision']]:.1f} %"
+        yield from (self.name, f"{seconds:.4g}", f"{batch_size / seconds:.4g}", share)
+        yield f"{peak / 1e9:.2f}" if peak else ""
         for other in others:
             ratios = [theirs / own for theirs, own in zip(other.seconds, self.seconds)]
             yield f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if other is not self else "1"
@@ -326,18 +327,17 @@ def script_arguments(args, device, execution):
 
 def main(argv):
     args, device = parse(argv)
-    rates = {name: matrix_rate(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
-    torch.cuda.empty_cache()
     network = f"wrn-50-{args.width}" if args.method == "fast" else f"{args.arch}-{args.depth}-{args.width}"
-    products = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items())
     print(f"{name_of(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     beside = f" beside {args.rival.resolve().name}" if args.rival else ""
-    print(f"{args.method}, {network}, batch {args.batch_size}{beside}; matrix products, TFLOP/s: {products}")
+    print(f"{args.method}, {network}, batch {args.batch_size}{beside}")
     sides = []
     for execution in args.executions:
         side = Side(execution, args, device, ours, args.method, script_arguments(args, device, execution))
         side.name = execution.replace("auto", f"auto={side.facts['precision']}")
         sides.append(side)
+    rates = {name: matrix_rate(device, name) for name in {side.facts["precision"] for side in sides}}
+    print("matrix products, TFLOP/s:", ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items()))
     rivals = ["rival", "tuned rival"][:1 + args.rival_autotune] if args.rival else []
     sides += [Side(name, args, device, rival, args, name == "tuned rival") for name in rivals]
     for number in range(args.warmup + args.rounds):
@@ -346,9 +346,9 @@ def main(argv):
             side.turn(number >= args.warmup)
     others = [side for side in sides if side is sides[0] or side.name in rivals] if len(sides) > 1 else []
     heads = ["", "s/step", "images/s", "of best", "GB", *(f"{other.name} / this" for other in others)]
-    passes, best = PASSES[args.method](args.steps), max(rates.values())
+    cost = args.batch_size, PASSES[args.method](args.steps)
     common.show("")
-    show_table([heads, *(list(side.row(others, args.batch_size, passes, best)) for side in sides)])
+    show_table([heads, *(list(side.row(others, *cost, rates)) for side in sides)])
 
 
 if __name__ == "__main__":

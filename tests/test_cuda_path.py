@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
-import theory_check
 import train_fast_imagenet as fast
 from common import Attack
 
@@ -81,7 +80,7 @@ class Recorder:
     """A run folder without files, for one epoch."""
     log, trained = [], None
 
-    def __init__(self, args, model, optimizer, images, average=None):
+    def __init__(self, args, data, /, model, **parts):
         self.trained[:] = model.parameters()
 
     def epochs(self):
@@ -100,13 +99,13 @@ class Recorder:
 def on_the_device(monkeypatch, stream, steps):
     """A few batches of a stream, each step under OneDevice; then what evaluations do is allowed.
 
-    They read values, for which there is 1 if they lie on the device, and which points are stable: all.
+    They read values, for which there is 1, or True, if they lie on the device.
     """
     for _ in range(steps):
         with OneDevice():
             yield next(stream)
     monkeypatch.setattr(torch.Tensor, "item", lambda value: float(value.device == CUDA))
-    monkeypatch.setattr(torch.Tensor, "nonzero", lambda mask: torch.arange(len(mask), device=CUDA)[:, None])
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda value: value.device == CUDA)
 
 
 def watched(monkeypatch, trained, steps=2):
@@ -116,13 +115,14 @@ def watched(monkeypatch, trained, steps=2):
     monkeypatch.setattr(common, "synthetic", lambda: FEW)
     monkeypatch.setattr(common, "Run", Recorder)
     monkeypatch.setattr(Recorder, "trained", trained)
-    monkeypatch.setattr(common, "MONITOR", Attack(steps=1))
-    monkeypatch.setattr(common, "REPORT", Attack(steps=1, restarts=2))
+    monkeypatch.setattr(common, "monitor_attack", lambda eps: Attack(steps=1))
+    monkeypatch.setattr(common, "report_attack", lambda eps: Attack(steps=1, restarts=2))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("method, extra", [("trades", []), ("trades", ["--arch", "densenet", "--width", "4"]),
-                                           ("at", []), ("awp", ["--warmup", "0"])])
+                                           ("at", ["--arch", "preact", "--depth", "10", "--width", "1/8"]),
+                                           ("awp", ["--warmup", "0"])])
 def test_training_and_evaluation_stay_on_the_device(trained, monkeypatch, method, extra, precision):
     watched(monkeypatch, trained)
     importlib.import_module(f"train_{method}").main([*SMALL, "--precision", precision, *extra])
@@ -132,45 +132,24 @@ def test_training_and_evaluation_stay_on_the_device(trained, monkeypatch, method
 def test_fast_at_stays_on_the_device(trained, monkeypatch, beta):
     class Images:
         """Images that are on the device already."""
-        classes, unreadable = list("abcdefghij"), set()
-
-        def __init__(self, args, split, device):
-            pass
+        classes, hash = list("abcdefghij"), ""
 
         def __len__(self):
             return 8
 
-        def batches(self, phase, order, seed=None):
-            x = torch.rand(4, 3, phase.crop, phase.crop, device=CUDA)
-            batch = x, torch.zeros(4, dtype=torch.int64, device=CUDA), 4
+        def batches(self, phase, order, args, device, seed=()):
+            batch = torch.rand(4, 3, phase.crop, phase.crop, device=CUDA), torch.zeros(4, device=CUDA).long()
             return on_the_device(monkeypatch, iter([batch] * 2), steps=2) if seed else iter([batch])
 
     watched(monkeypatch, trained)
-    monkeypatch.setattr(fast, "Images", Images)
-    monkeypatch.setattr(fast, "REPORT", Attack(steps=1))
-    monkeypatch.setattr(fast, "MONITOR", Attack(steps=1))
-    sizes = ["--batch-sizes", "4", "4", "4", "--crops", "64", "64", "64"]
-    fast.main(["DIR", "--width", "1/16", *sizes, "--device", "cuda:0", "--compile", "off",
-               "--precision", "bf16", "--beta", beta])
-
-
-def test_the_lemmas_searches_stay_on_the_device(trained):
-    depth, m, d = 2, 32, 16
-    inputs = [d] + [m] * (depth - 1)
-    layers = [torch.empty(m, size, device=CUDA, dtype=torch.float64) for size in inputs]
-    net = theory_check.ReluNetwork(layers, torch.empty(m, device=CUDA, dtype=torch.float64))
-    x = torch.empty(4, d, device=CUDA, dtype=torch.float64)
-    radius = torch.full((4, 1), 0.1, device=CUDA, dtype=torch.float64)
-    with OneDevice():
-        found = theory_check.search_input(net, x, radius, None, steps=2, draws=2)
-        worst = theory_check.worst_weights(net, found, radius, steps=2)
-        trained_net = theory_check.train(net, x, x[:, 0].sign(), 0.1, 0.1, steps=2)
-        norms = [*theory_check.gradient_norms(worst, found), *theory_check.gradient_norms(trained_net, x)]
-    assert all(norm.device == CUDA and norm.shape == (4,) for norm in norms)
+    monkeypatch.setattr(fast, "load", lambda args: (Images(), Images()))
+    monkeypatch.setattr(fast, "evaluation_attack", lambda *a: Attack(steps=1))
+    fast.main(["DIR", "--width", "1/16", "--batch-sizes", "4", "4", "4", "--crops", "64", "64", "64",
+               "--device", "cuda:0", "--compile", "off", "--precision", "bf16", "--beta", beta])
 
 
 FAULTS = {  # what is done to x̂, and what stops it
-    "a missing device": (lambda x: x + torch.zeros(len(x), 1, 1, 1), "same device"),
+    "a missing device": (lambda x: x + torch.zeros(len(x), 1, 1, 1), "same device|different devices"),
     ".item()": (lambda x: x * x.mean().item(), "_local_scalar_dense"),
     "a boolean mask": (lambda x: x[x[:, 0, 0, 0] > 0], "nonzero"),
     ".cpu()": (lambda x: x.cpu().to(x.device), "_to_copy"),
