@@ -1409,9 +1409,8 @@ def start(parser, argv):
         depth, width = NETWORKS[args.arch].usual
         args.depth, args.width = args.depth or depth, args.width or width
         args.width = int(args.width) if args.width == int(args.width) else args.width
-        beta = getattr(args, "beta", "-")
-        beta = f"beta{beta:g}" if isinstance(beta, float) else f"beta{beta}"
+        beta = f"-beta{args.beta}".removesuffix(".0") if hasattr(args, "beta") else ""  # a fork may have none
         network = f"{args.arch}-{args.depth}-{args.width:g}"
-        args.name = f"{args.method}-{args.dataset}-{network}-{beta}-seed{args.seed}"
+        args.name = f"{args.method}-{args.dataset}-{network}{beta}-seed{args.seed}"
     seed_everything(args.seed)
     return args, device
