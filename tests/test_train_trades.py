@@ -396,7 +396,7 @@ def torchrun(folder, *command):
 
 def test_two_processes_compute_what_one_does(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER.format(root=str(Path(common.__file__).parent)))
-    _, errors = torchrun(tmp_path, "worker.py").communicate(timeout=300)
+    _, errors = torchrun(tmp_path, "worker.py").communicate(timeout=900)
     assert "process 0 agrees" in errors and "process 1 agrees" in errors, errors[-2000:]
 
 
@@ -409,11 +409,11 @@ def test_a_shared_run_is_one_run_and_resumes(tiny, tmp_path):
             os.kill(int(workers[-1]), signal.SIGKILL)
     assert stopped.wait() != 0
     shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
-    output, errors = whole.communicate(timeout=300)
+    output, errors = whole.communicate(timeout=900)
     assert whole.returncode == 0, output + errors
     assert output.count("epoch 2/2") == 1  # one process speaks
     assert [line["n"] for line in log_of(tmp_path / "whole")] == [8, 8]
-    output, errors = torchrun(tmp_path, *command, "stopped").communicate(timeout=300)
+    output, errors = torchrun(tmp_path, *command, "stopped").communicate(timeout=900)
     assert "epoch 1/2" not in output and "epoch 2/2" in output, errors[-2000:]
     one, other = (common.read_checkpoint(tmp_path / name / "last.pt")["model"]
                   for name in ("whole", "stopped"))
