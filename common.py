@@ -458,10 +458,9 @@ def load_weights(model, checkpoint, source, new_classifier=False):
              if not name.startswith("sub_block1.") and not name.endswith("n_averaged")}
     own = model.state_dict()
     classifier = [f"{getattr(model, 'classifier', '')}.{part}" for part in ("weight", "bias")]
-    if new_classifier and any(name in state and state[name].shape != own[name].shape for name in classifier
-                              if name in own):
-        say(f"{source} has {len(state[classifier[1]])} classes, this data set {len(own[classifier[1]])}: "
-            f"the classifier starts anew")
+    before, now = (part[classifier[1]].numel() if classifier[1] in part else None for part in (state, own))
+    anew = new_classifier and before != now and {*classifier} <= {*state} & {*own}
+    if anew:
         state |= {name: own[name] for name in classifier}
     wrong = [name for name in own if not name.endswith("num_batches_tracked")
              and (name not in state or state[name].shape != own[name].shape)]
@@ -473,6 +472,8 @@ def load_weights(model, checkpoint, source, new_classifier=False):
         if not value.isfinite().all():
             raise UserError(f"{source}: {name} is not finite")
     model.load_state_dict(state, strict=False)
+    if anew:
+        say(f"{source} has {before} classes, this data set {now}: the classifier starts anew")
 
 
 def sgd(model, lr, weight_decay, nesterov=False, decay_norms=True):
@@ -701,7 +702,8 @@ class Attack:
         elif self.steps == 1 and self.step_size >= self.eps:
             name = "FGSM"
         else:
-            name = f"{'CW' if self.loss == 'margin' else 'PGD'}-{self.steps}"
+            known = {"cross-entropy": "PGD", "kl": "PGD", "margin": "CW"}
+            name = f"{known.get(self.loss, self.loss)}-{self.steps}"
         name += f"×{self.restarts}" if self.restarts > 1 else ""
         title = f"{name}{' l2' if self.norm == 'l2' else ''}, ε = {pixels(self.eps, self.norm)}"
         whole = self.loss == "autoattack" or name == "FGSM" and self.step_size == self.eps
@@ -984,7 +986,7 @@ MAY_CHANGE = {"out", "data_dir", "device", "compile", "workers", "restarts", "sc
 
 
 class Run:
-    """A run folder: args.json, log.jsonl, last.pt, best.pt, metrics.json, the script and common.py that ran.
+    """A run folder: args.json, log.jsonl, last.pt, best.pt, metrics.json, and the files of code that ran.
 
         run = Run(args, data, model=model, optimizer=optimizer)
         for epoch in run.epochs():
@@ -999,14 +1001,15 @@ class Run:
     random numbers follow from (seed, epoch, process). best.pt is the epoch with the highest `robust_accuracy`
     given to `end_epoch`. A loop may `break`, `continue` or raise anywhere.
 
-    A run is its settings, its code but for comments and docstrings, and its data. Where one of them differs,
-    a folder named with --out is refused, and a default folder gives way to the next free number.
+    A run is its settings, its data and its code: the script and what it imports from its own folder, but for
+    comments and docstrings. Where one of them differs, a folder named with --out is refused, and a default
+    folder gives way to the next free number. Under torchrun the first process's parts are saved.
     """
 
     def __init__(self, args, data=None, /, **parts):
         self.args, self.parts, self.images = args, parts, len(data) if data else 0
         self.data_hash = data.hash if data else None
-        self.sources = [Path(args.script), Path(__file__)]
+        self.sources = imported_from(Path(args.script)) | {Path(__file__).resolve()}
         self.epoch, self.log, self.steps = 0, [], 0  # the last epoch finished; its and earlier ones' lines
         self.folder = on_first(self._choose_folder)
         if (self.folder / "last.pt").exists():
@@ -1053,7 +1056,7 @@ class Run:
         found = [f"--{name.replace('_', '-')} {before.get(name)} there, {now.get(name)} here"
                  if name != "data" else "its data were others"
                  for name in {**before, **now} if before.get(name) != now.get(name)]
-        return "; ".join(found + [f"{source.name} was edited" for source in self.sources
+        return "; ".join(found + [f"{source.name} was edited" for source in sorted(self.sources)
                                   if syntax(folder / source.name) != syntax(source)])
 
     def epochs(self):
@@ -1077,7 +1080,7 @@ class Run:
     def record(self, images=0, /, **scalars):
         """Note a step's numbers, scalars on the device, read back in `end_epoch`; and show progress."""
         for name, scalar in scalars.items():
-            self.recorded.setdefault(name, []).append(scalar.detach())
+            self.recorded.setdefault(name, []).append(torch.as_tensor(scalar).detach())
         self.steps += 1
         self.seen += images * WORLD
         self.now = time.perf_counter()
@@ -1087,7 +1090,7 @@ class Run:
             self.shown, rate = self.now, self._rate()
             left = (self.images * (self.args.epochs - self.current + 1) - self.seen) / rate
             show(f"epoch {self.current}/{self.args.epochs}  {self.seen:,} of {self.images:,} images  "
-                 f"{rate:.4g} images/s  {duration(left)} left")
+                 f"{rate:.4g} images/s  {duration(max(left, 0))} left")  # a loop may replay its images
 
     def _rate(self):
         """Images per second of this epoch; without the first two steps of all, if there were others."""
@@ -1161,6 +1164,21 @@ class Run:
             lipschitz = metrics.get("local_lipschitzness")
             say(f"{self.folder / name}.pt, epoch {metrics['epoch']}: {describe(metrics)}"
                 + (f", local Lipschitzness {lipschitz:.2f}" if lipschitz is not None else ""))
+
+
+def imported_from(script):
+    """A script and the files that it, and what it imports, import from its folder and the folders in there."""
+    files, waiting = set(), [script.resolve()]
+    while waiting:
+        if (file := waiting.pop()) in files or not file.exists():
+            continue
+        files.add(file)
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            if module := getattr(node, "module", None):
+                names = [module, *(f"{module}.{name}" for name in names)]
+            waiting += [script.resolve().parent / f"{name.replace('.', '/')}.py" for name in names]
+    return files
 
 
 def syntax(path):

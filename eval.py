@@ -51,7 +51,8 @@ def arguments(argv):
     add("paths", nargs="*", metavar="PATH", type=os.path.expanduser,
         help="run folder, checkpoint, robustbench:NAME or JSON")
     add("--checkpoint", choices=("best", "last"), default="best", help="which one of a run folder to read")
-    add("--attack", nargs="+", choices=("pgd", "cw", "fgsm", "autoattack", "none"), default=["pgd"],
+    own = [name for name in common.LOSSES if name not in ("cross-entropy", "margin")]  # a fork's
+    add("--attack", nargs="+", choices=("pgd", "cw", "fgsm", "autoattack", *own, "none"), default=["pgd"],
         help="pgd: on cross-entropy; cw: PGD on the margin; fgsm: one step of ε; none: evaluate nothing")
     add("--steps", type=common.integer(0), default=20, help="attack steps of pgd and cw")
     add("--step-size", type=common.number(), help="of pgd and cw; by default 0.003 (l2: 0.05), and longer in "
@@ -237,10 +238,11 @@ def attacks_of(args, eps):
     step = args.step_size
     if step is None:
         step = common.step_for(eps, {"linf": 0.003, "l2": 0.05}[args.norm], args.norm)
-    records = {"pgd": ("cross-entropy", args.steps, step, args.start or "uniform"),
-               "cw": ("margin", args.steps, step, args.start or "uniform"),
-               "fgsm": ("cross-entropy", 1, eps, args.start or "none"),
-               "autoattack": ("autoattack", 0, 0.0, "none")}  # its four attacks choose their own
+    start = args.start or "uniform"
+    records = {name: (name, args.steps, step, start) for name in common.LOSSES}
+    records |= {"pgd": ("cross-entropy", args.steps, step, start), "cw": ("margin", args.steps, step, start),
+                "fgsm": ("cross-entropy", 1, eps, args.start or "none"),
+                "autoattack": ("autoattack", 0, 0.0, "none")}  # its four attacks choose their own
     return [Attack(loss, args.norm, eps, step, steps, start, 1 if start == "none" else args.restarts)
             for loss, steps, step, start in (records[name] for name in args.attack)]
 

@@ -10,7 +10,7 @@ Rivals are checkouts from GitHub: yaodongyu/TRADES, csdongxian/AWP or, for TRADE
 code, tabrisweapon/A-temp-project. Fast AT is timed alone.
 
 Ours is the training script's main, unchanged, with a `Recorder` in the place of the run folder: it makes
-batches of generated images and trains on them as in a run, but evaluates and writes nothing. (Fast AT has
+batches of random images and trains on them as in a run, but evaluates and writes nothing. (Fast AT has
 one random batch on the device: reading is not timed.) A rival is its release's loss or training function in
 float32, on one batch that lies on the device, and on the release's WideResNet or our DenseNet. It has the
 settings that PyTorch begins with: on CUDA TF32 and no search for the fastest convolutions; --rival-autotune
@@ -37,6 +37,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,6 +52,7 @@ PASSES = {"trades": lambda k: 1 + 2 * k + 6,    # clean probabilities, attack, a
           "awp": lambda k: 1 + 2 * k + 6 + 6,   # the weights' perturbation costs as much as an update
           "fast": lambda k: 2 + 3}              # FGSM, an update with x̂ alone
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+SIZE = 32  # pixels: CIFAR's
 
 
 def clock(device):
@@ -117,11 +119,12 @@ class Recorder:
 
     def __init__(self, turns, args, data, /, model, **parts):
         self.turns, self.args, self.model = turns, args, model
+        self.size = args.crops[0] if hasattr(args, "crops") else data.x_train.shape[2]
 
     def epochs(self):
-        size = getattr(self.args, "crops", [32])[0]
         with FlopCounterMode(display=False) as counter, common.attack_mode(self.model), torch.no_grad():
-            self.model.forward(torch.zeros(1, 3, size, size, device=self.turns.device))  # never compiled
+            image = torch.zeros(1, 3, self.size, self.size, device=self.turns.device)
+            self.model.forward(image)  # never compiled
         self.turns.ready(precision=self.args.precision, flops=counter.get_total_flops())
         while True:
             yield self.args.epochs - 1  # AWP acts, and nothing is evaluated
@@ -134,6 +137,12 @@ class Recorder:
 
     def finish(self, test, attack=None):
         pass
+
+
+def random_images():
+    """Takes the place of common.synthetic, whose images are smaller."""
+    x = np.random.default_rng(0).integers(0, 256, (1280, SIZE, SIZE, 3), np.uint8)
+    return [x, np.arange(len(x)) % 10] * 2
 
 
 class RandomImages:
@@ -155,7 +164,8 @@ class RandomImages:
 def ours(turns, method, argv):
     """Take part with a training script's own main."""
     script = importlib.import_module("train_fast_imagenet" if method == "fast" else f"train_{method}")
-    common.Run, script.load = partial(Recorder, turns), lambda args: (RandomImages(), RandomImages())
+    common.Run, common.synthetic = partial(Recorder, turns), random_images
+    script.load = lambda args: (RandomImages(), RandomImages())
     script.main(argv)
 
 
@@ -174,7 +184,7 @@ def rival(turns, args, autotune):
         network_class = importlib.import_module("models.wideresnet").WideResNet
         return network_class(depth=args.depth, num_classes=10, widen_factor=args.width).to(device)
 
-    model, x, y = build(), torch.rand(n, 3, 32, 32, device=device), torch.arange(n, device=device) % 10
+    model, x, y = build(), torch.rand(n, 3, SIZE, SIZE, device=device), torch.arange(n, device=device) % 10
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=2e-4)
     if args.method == "awp":
         train, adversary = awp_release(path, model, build(), args.steps, device)

@@ -1061,8 +1061,16 @@ def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, write
     assert f"{short}-2 holds another run ({why}): this one goes to {short}-3" in said
     write_npz(n_test=20)
     assert "its data were others" in edited(shared, "", "", "--weight-decay", "1e-3")
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses" / "__init__.py").touch()
+    factor = tmp_path / "losses" / "factor.py"
+    factor.write_text("FACTOR = 2\n")
+    edited(script, "import math\n", "import math\n\nfrom losses import factor  # noqa\n", "--weight-decay", "1e-3")
+    said = edited(factor, "2", "3", "--weight-decay", "1e-3")
+    assert f"{short}-5 holds another run (factor.py was edited): this one goes to {short}-6" in said
+    assert (first.parent / f"{first.name}-6" / "factor.py").read_text() == "FACTOR = 3\n"
     assert sorted(path.name for path in first.parent.iterdir()) == [
-        first.name, *(f"{first.name}-{i}" for i in (2, 3, 4))]
+        first.name, *(f"{first.name}-{i}" for i in range(2, 7))]
     assert before["last.pt"] == (first / "last.pt").read_bytes()
     script = script.rename(tmp_path / "train_mine.py")
     edited(script, "", "")

@@ -1,10 +1,12 @@
 """tests/gpu_check.py: its checks pass tiny on a CPU, and each fails when what it checks is broken."""
 import tempfile
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import benchmark
 import common
 import gpu_check
 
@@ -21,10 +23,26 @@ def here(tmp_path, monkeypatch):
 def test_a_table_of_what_passed(monkeypatch, capsys):
     monkeypatch.setattr(torch.nn.Module, "compile", torch.nn.Module.compile)  # replaced, and put back
     monkeypatch.setattr(common, "Run", common.Run)
+    monkeypatch.setattr(common, "synthetic", common.synthetic)
     gpu_check.main(["--dry", "--only", "gradients", "attacks", "speed"])
     table = capsys.readouterr().out.split("\n| check |")[1].splitlines()[2:]
     assert [row.split(" | ")[:2] for row in table] == [
         ["| gradients", "passed"], ["| attacks", "passed"], ["| speed", "passed"]]
+
+
+def test_the_benchmark_trains_on_images_as_large_as_it_counts(monkeypatch):
+    """A quarter of the pixels once made steps four times as fast as they were."""
+    monkeypatch.setattr(common, "Run", common.Run)
+    monkeypatch.setattr(common, "synthetic", common.synthetic)
+    crop_flip, shapes, facts = common.crop_flip, set(), {}
+    monkeypatch.setattr(common, "crop_flip", lambda x, *where: shapes.add(x.shape) or crop_flip(x, *where))
+    turns = SimpleNamespace(device=torch.device("cpu"), ready=facts.update, step=lambda: next(iter([])))
+    args = SimpleNamespace(method="trades", width=1, arch="wrn", depth=10, batch_size=8, steps=1)
+    with pytest.raises(StopIteration):
+        benchmark.ours(turns, "trades", benchmark.script_arguments(args, "cpu", "fp32-eager"))
+    assert shapes == {(8, 3, 32, 32)}
+    maps = {32: 3 * 16 * 9 + 2 * 16 * 16 * 9, 16: (16 + 32) * 32 * 9 + 16 * 32, 8: (32 + 64) * 64 * 9 + 32 * 64}
+    assert facts["flops"] == 2 * (sum(size ** 2 * weights for size, weights in maps.items()) + 64 * 10)
 
 
 def test_a_check_that_fails_or_comes_too_late_fails_all(monkeypatch, capsys, tmp_path):
