@@ -1057,7 +1057,7 @@ class Run:
                  if name != "data" else "its data were others"
                  for name in {**before, **now} if before.get(name) != now.get(name)]
         return "; ".join(found + [f"{source.name} was edited" for source in sorted(self.sources)
-                                  if syntax(folder / source.name) != syntax(source)])
+                                  if not same_code(source, folder / source.name)])
 
     def epochs(self):
         """The epochs still to do, counted from 1."""
@@ -1182,14 +1182,17 @@ def imported_from(script):
 
 
 def syntax(path):
-    """A Python file's syntax without comments and docstrings, as text; None if there is no such file."""
-    if not path.exists():
-        return None
+    """A Python file's syntax without comments and docstrings, as text."""
     tree = ast.parse(path.read_bytes())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             del node.body[0]
     return ast.dump(tree)
+
+
+def same_code(file, kept):
+    """Do two files, of which `kept` may be missing, differ in comments and docstrings at most?"""
+    return kept.exists() and (file.read_bytes() == kept.read_bytes() or syntax(file) == syntax(kept))
 
 
 def lock(folder, wait=False):
@@ -1411,7 +1414,8 @@ def training_parser(file, doc, quick=None, **defaults):
 
 
 QUICK = {"dataset": "synthetic", "depth": 10, "width": 1, "epochs": 8, "train_size": 3000, "batch_size": 64,
-         "lr": 0.2, "schedule": "one-cycle", "steps": 2, "step_size": 0.016, "eval_every": 4, "eval_size": 200}
+         "lr": 0.2, "schedule": "one-cycle", "steps": 2, "step_size": 0.016, "eval_every": 4, "eval_size": 200,
+         "compile": "off"}  # compiling would take longer than training
 
 
 def start(parser, argv):

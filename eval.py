@@ -146,7 +146,7 @@ def load(path, args, device):
         scripts = [file.parent / f"{prefix}{settings['method']}.py" for prefix in ("train_", "")]
         facts |= {"chosen": file.stem if file.stem in ("best", "last") else None, "epoch": saved.get("epoch"),
                   "method": settings["method"], "beta": settings.get("beta"),
-                  "code": common.hashed(*(str(common.syntax(script)) for script in scripts))}
+                  "code": common.hashed(*(common.syntax(file) for file in scripts if file.exists()))}
     without = {*facts, *common.MAY_CHANGE} - {"dataset", "data"}
     facts["settings"] = {name: value for name, value in settings.items()
                          if name not in without and value is not None and value is not False}

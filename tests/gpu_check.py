@@ -71,7 +71,8 @@ def scripts(here):
     """--quick of every script, Fast AT on a folder of images, theory_check.py run to their end, and learn."""
     tiny = [*FEW, "--epochs", 2] if here.dry else []
     theory = here.start("theory", "theory_check.py", *(["--widths", 8, 16, "--seeds", 2] if here.dry else []))
-    runs = {name: here.start(name, f"train_{name}.py", "--quick", "--out", here.folder / name, *tiny)
+    argv = ["--quick", "--compile", "auto", *tiny]
+    runs = {name: here.start(name, f"train_{name}.py", *argv, "--out", here.folder / name)
             for name in ("trades", "at", "awp")}
     x, y, x_val, y_val = common.synthetic(240, 120)
     for split, images, labels in ("train", x, y), ("val", x_val, y_val):

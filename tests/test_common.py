@@ -806,7 +806,8 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(tiny, 
                             signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL and lines_of(cut / "log.jsonl") in (2, 3)
     (cut / "log.jsonl").unlink()  # a log that is lost, or cut short, is whole again
-    assert run(*tiny).returncode == run(*tiny, "--out", whole).returncode == 0
+    train_trades.main(tiny)
+    train_trades.main([*tiny, "--out", str(whole)])
     assert_same_runs(whole, cut)
     assert lines_of(cut / "log.jsonl") == 4 and common.read_json(cut / "metrics.json")["last"]["n"] == 21
 
@@ -851,7 +852,9 @@ def train_linear(folder, leave=None, epochs=3):
     torch.manual_seed(1)
     model, counter = linear(12, 3), Counter()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    args = SimpleNamespace(out=str(folder), epochs=epochs, seed=1, script=__file__, precision="fp32")
+    script = folder.parent / "train_linear.py"  # it stands for this function
+    script.touch()
+    args = SimpleNamespace(out=str(folder), epochs=epochs, seed=1, script=script, precision="fp32")
     run = common.Run(args, model=model, optimizer=optimizer, counter=counter)
     for epoch in run.epochs():
         for i in range(4):
@@ -945,7 +948,7 @@ def test_whichever_file_operation_fails_a_run_resumes_to_the_same_end(tmp_path, 
             assert error.startswith("train_linear.py: error: ") and "No space left on device" in error
         train_linear(folder, epochs=2)
         assert_same_runs(whole, folder)
-        assert set(contents(folder)) == FILES | {Path(__file__).name}, at
+        assert set(contents(folder)) == FILES | {"train_linear.py"}, at
 
 
 FILES = {".lock", "args.json", "best.pt", "common.py", "last.pt", "log.jsonl", "metrics.json"}
@@ -1033,48 +1036,53 @@ def test_default_names_are_short_and_defaults_those_of_the_network():
     assert started(file="/home/me/train_mart.py").name.startswith("mart-cifar10-")
 
 
-def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, write_npz):
-    """Settings, data, the script's code, common.py's; not words or the finished run itself."""
+def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, monkeypatch, capsys):
+    """Settings, data, the script's code, common.py's, an imported file's; not words or the finished run itself."""
     script, shared = (Path(shutil.copy(ROOT / name, tmp_path)) for name in ("train_trades.py", "common.py"))
-    write_npz()
-    argv = ("--dataset tiny --data-dir . --depth 10 --width 1 --batch-size 16 --steps 1 --epochs 1 "
-            "--step-size 0.031 --eval-size 8 --test-size 8 --precision fp32 --device cpu").split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "__file__", str(shared))
+    factor = tmp_path / "losses" / "factor.py"
+    factor.parent.mkdir()
+    factor.write_text("FACTOR = 2\n")
 
-    def edited(path, old, new, *flags):
+    def edited(path, old, new, data="aa", **settings):
+        """The folder that a run of one epoch goes to after this edit, and what is said."""
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new, 1))
-        found = run(*argv, *flags, script=script, cwd=tmp_path)
-        assert found.returncode == 0, found.stderr
-        return found.stdout
+        capsys.readouterr()
+        args = SimpleNamespace(out=None, name="mine", epochs=1, seed=1, script=script, precision="fp32", **settings)
+        run = common.Run(args, common.Data([0], [0], [0], [0], 1, hash=data), model=nn.Linear(1, 1))
+        for _ in run.epochs():
+            run.end_epoch()
+        run.lock.close()
+        return run.folder.name, capsys.readouterr().out
 
-    first = tmp_path / "runs" / "trades-tiny-wrn-10-1-beta6-seed1"
-    assert "holds another run" not in edited(script, "", "")
-    before = contents(first)
-    shared.write_text(shared.read_text() + "\n# a comment\n")
-    assert "1 of 1 epochs done" in edited(script, '"""TRADES', '"""Words in the docstring. TRADES')
-    assert before["last.pt"] == (first / "last.pt").read_bytes()
-    short = Path("runs") / first.name
-    said = edited(script, "natural_risk + beta *", "natural_risk + 2 * beta *")
-    assert f"{short} holds another run (train_trades.py was edited): this one goes to {short}-2" in said
-    said = edited(shared, "0.001 * torch.randn", "0.002 * torch.randn", "--weight-decay", "1e-3")
-    why = "--weight-decay 0.0002 there, 0.001 here; common.py was edited"
-    assert f"{short}-2 holds another run ({why}): this one goes to {short}-3" in said
-    write_npz(n_test=20)
-    assert "its data were others" in edited(shared, "", "", "--weight-decay", "1e-3")
-    (tmp_path / "losses").mkdir()
-    (tmp_path / "losses" / "__init__.py").touch()
-    factor = tmp_path / "losses" / "factor.py"
-    factor.write_text("FACTOR = 2\n")
-    edited(script, "import math\n", "import math\n\nfrom losses import factor  # noqa\n", "--weight-decay", "1e-3")
-    said = edited(factor, "2", "3", "--weight-decay", "1e-3")
-    assert f"{short}-5 holds another run (factor.py was edited): this one goes to {short}-6" in said
-    assert (first.parent / f"{first.name}-6" / "factor.py").read_text() == "FACTOR = 3\n"
-    assert sorted(path.name for path in first.parent.iterdir()) == [
-        first.name, *(f"{first.name}-{i}" for i in range(2, 7))]
-    assert before["last.pt"] == (first / "last.pt").read_bytes()
-    script = script.rename(tmp_path / "train_mine.py")
-    edited(script, "", "")
-    assert (tmp_path / "runs" / first.name.replace("trades", "mine") / "train_mine.py").exists()
+    first = tmp_path / "runs" / "mine"
+    assert edited(script, "", "", rate=1)[0] == "mine"
+    before = (first / "last.pt").read_bytes()
+    assert edited(shared, '"""What every', '"""A docstring. What every', rate=1)[0] == "mine"
+    folder, said = edited(script, "import math\n", "import math  # a comment\n", rate=1)
+    assert folder == "mine" and "1 of 1 epochs done" in said
+    folder, said = edited(script, "natural_risk + beta *", "natural_risk + 2 * beta *", rate=1)
+    assert "runs/mine holds another run (train_trades.py was edited): this one goes to runs/mine-2" in said
+    folder, said = edited(shared, "0.001 * torch.randn", "0.002 * torch.randn", rate=2)
+    assert "runs/mine-2 holds another run (--rate 1 there, 2 here; common.py was edited)" in said
+    assert "(its data were others): this one goes to runs/mine-4" in edited(script, "", "", rate=2, data="bb")[1]
+    assert edited(script, "import math", "from losses import factor\nimport math", rate=2)[0] == "mine-5"
+    said = edited(factor, "2", "3", rate=2)[1]
+    assert "runs/mine-5 holds another run (factor.py was edited): this one goes to runs/mine-6" in said
+    assert (first.parent / "mine-6" / "factor.py").read_text() == "FACTOR = 3\n"
+    assert sorted(path.name for path in first.parent.iterdir()) == ["mine", *(f"mine-{i}" for i in range(2, 7))]
+    assert before == (first / "last.pt").read_bytes()
+
+
+def test_a_copied_script_names_its_own_folder(tiny, tmp_path):
+    for name in "train_trades.py", "common.py":
+        shutil.copy(ROOT / name, tmp_path)
+    script = (tmp_path / "train_trades.py").rename(tmp_path / "train_mine.py")
+    found = run(*tiny[:-2], "--epochs", "1", script=script, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "runs" / "mine-tiny-wrn-10-1-beta6-seed1" / "train_mine.py").exists()
 
 
 def test_a_named_folder_with_another_run_is_left_alone(tiny, tmp_path, write_npz):
