@@ -696,7 +696,7 @@ class Attack:
             warn(f"{self.title()}, has steps longer than ε; shorter ones find more")
 
     def title(self):
-        """Such as "PGD-20, ε = 0.031, step 0.003", "CW-20×5 l2, ε = 0.5, step 0.05" or "FGSM, ε = 8/255"."""
+        """Such as "PGD-20, ε = 0.031, step 0.003", "CW-20×5 l2, ε = 0.5, step 0.2" or "FGSM, ε = 8/255"."""
         if self.loss == "autoattack":
             name = "AutoAttack"
         elif self.steps == 1 and self.step_size >= self.eps:

@@ -55,7 +55,7 @@ def arguments(argv):
     add("--attack", nargs="+", choices=("pgd", "cw", "fgsm", "autoattack", *own, "none"), default=["pgd"],
         help="pgd: on cross-entropy; cw: PGD on the margin; fgsm: one step of ε; none: evaluate nothing")
     add("--steps", type=common.integer(0), default=20, help="attack steps of pgd and cw")
-    add("--step-size", type=common.number(), help="of pgd and cw; by default 0.003 (l2: 0.05), and longer in "
+    add("--step-size", type=common.number(), help="of pgd and cw; by default 0.003 (l2: 0.2), and longer in "
         "proportion where ε is above 8/255 (0.5)")
     add("--eps", type=common.number(), help="radius, pixels in [0, 1]; 8/255 works; by default what training "
         "had, or 0.031 (l2: 0.5)")
@@ -237,7 +237,7 @@ def attacks_of(args, eps):
     """The records of --attack with this ε."""
     step = args.step_size
     if step is None:
-        step = common.step_for(eps, {"linf": 0.003, "l2": 0.05}[args.norm], args.norm)
+        step = common.step_for(eps, {"linf": 0.003, "l2": 0.2}[args.norm], args.norm)
     start = args.start or "uniform"
     records = {name: (name, args.steps, step, start) for name in common.LOSSES}
     records |= {"pgd": ("cross-entropy", args.steps, step, start), "cw": ("margin", args.steps, step, start),

@@ -283,7 +283,7 @@ def main(argv):
         plot(args.plot, regimes, width_sweep, depth_sweep)
     if args.json:
         common.write_json(args.json, {"settings": vars(args), "seconds": seconds, "regimes": regimes})
-    say(f"{common.duration(seconds)} on the {generator.device.type}")
+    say(f"{common.duration(seconds)} on {generator.device.type}")
 
 
 if __name__ == "__main__":

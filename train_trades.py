@@ -132,7 +132,8 @@ def main(argv):
     parser = common.training_parser(__file__, __doc__)
     add = parser.add_argument_group("method").add_argument
     add("--beta", type=number_or_auto, default=6.0,
-        help="λ of the paper: weight of the robust regularization; auto: adjusted to --reference")
+        help="λ of the paper: weight of the robust regularization; 0: plain training, without an attack; "
+        "auto: adjusted to --reference")
     add("--reference", metavar="RUN", help="for --beta auto: a narrower network's finished run")
     add("--eps", type=number(0, 1), default=0.031, help="attack's ℓ∞ radius, pixels in [0, 1]; 8/255 works")
     add("--step-size", type=number(0, 1), default=0.007, help="attack step, pixels in [0, 1]")
@@ -149,7 +150,8 @@ def main(argv):
     reference = reference_log(args, data)
     model = common.build_model(args, data, device)
     optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov, not args.no_norm_decay)
-    attack = Attack("kl", "linf", args.eps, args.step_size, args.steps, start="gaussian")
+    eps, steps = (args.eps, args.steps) if args.beta else (0.0, 0)  # λ = 0: x̂ is x, also for BatchNorm
+    attack = Attack("kl", "linf", eps, args.step_size, steps, start="gaussian")
     tested, parts = model, {"model": model}
     if args.ema:
         warmup = 0.025 * args.epochs * max(len(data) // args.batch_size, 1)

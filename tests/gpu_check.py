@@ -1,4 +1,4 @@
-"""Does this GPU compute what it should, and how fast? By hand, about eight minutes; a line for each check.
+"""Does this GPU compute what it should, and how fast? By hand, about ten minutes; a line for each check.
 
     python tests/gpu_check.py                     # on a GPU; prints a table to paste into a report
     python tests/gpu_check.py --rival ../TRADES   # and beside a checkout of yaodongyu/TRADES
@@ -71,9 +71,8 @@ def scripts(here):
     """--quick of every script, Fast AT on a folder of images, theory_check.py run to their end, and learn."""
     tiny = [*FEW, "--epochs", 2] if here.dry else []
     theory = here.start("theory", "theory_check.py", *(["--widths", 8, 16, "--seeds", 2] if here.dry else []))
-    argv = ["--quick", "--compile", "auto", *tiny]
-    runs = {name: here.start(name, f"train_{name}.py", *argv, "--out", here.folder / name)
-            for name in ("trades", "at", "awp")}
+    runs = {name: here.start(name, f"train_{name}.py", "--quick", "--compile", "auto", *tiny,
+                             "--out", here.folder / name) for name in ("trades", "at", "awp")}
     x, y, x_val, y_val = common.synthetic(240, 120)
     for split, images, labels in ("train", x, y), ("val", x_val, y_val):
         for i, label in enumerate(labels):
@@ -87,7 +86,7 @@ def scripts(here):
     for name, process in runs.items():  # side by side: they wait for the compiler
         here.end(name, process)
         metrics = common.read_json(here.folder / name / "metrics.json")["last"]
-        found.append(f"{name} {common.describe(metrics)}")
+        found += [f"{name} {common.describe(metrics)}"]
         assert here.dry or name == "fast" or metrics["robust_accuracy"] > 0.25, found[-1]
     return "; ".join(found)
 
@@ -200,15 +199,16 @@ def speed(here, width=10):
     share = rate / benchmark.matrix_rate(here.device, precision)
     graphs = len(torch._dynamo.eval_frame._debug_get_cache_entry_list(common.Network.forward.__code__))
     broken = sum(torch._dynamo.utils.counters["graph_break"].values())
-    found = (f"{precision}, {n / seconds:.4g} images/s, {100 * share:.1f} % of best, "
-             f"{memory / 1e9:.2f} GB, {compiled - start:.0f} s to compile, {graphs} graphs, {broken} breaks")
+    found = (f"{precision}, {n / seconds:.4g} images/s, {100 * share:.1f} % of best, {memory / 1e9:.2f} GB, "
+             f"{compiled - start:.0f} s to compile, {graphs} graphs, {broken} breaks")
     assert not broken and graphs <= 8, found
     return found
 
 
 def beside(here):
     """benchmark.py times our step and the release's in turns."""
-    argv = ["--rival", here.rival.resolve(), "--block", 3, "--rounds", 3, "--warmup", 2]
+    small = "--depth 10 --width 1 --batch-size 2 --steps 1 --executions fp32".split() if here.dry else []
+    argv = ["--rival", here.rival.resolve(), "--block", 3, "--rounds", 3, "--warmup", 2, *small]
     lines = here.end("beside", here.start("beside", "tests/benchmark.py", *argv))
     return "; ".join(" ".join(line.split()) for line in lines[-3:])
 

@@ -169,7 +169,7 @@ def test_intervals_are_wilsons():
 
 @pytest.mark.parametrize("norm, eps, published", [
     ("linf", "4/255", 0.003), ("linf", "8/255", 0.003), ("linf", "0.1", None), ("linf", "1", None),
-    ("l2", "0.3", 0.05), ("l2", "3", None)])
+    ("l2", "0.3", 0.2), ("l2", "3", None)])
 def test_a_default_attack_reaches_across_its_ball(norm, eps, published):
     args = evaluation.arguments(["-", "--norm", norm, "--eps", eps, "--attack", "pgd", "cw", "fgsm"])
     pgd, cw, fgsm = evaluation.attacks_of(args, args.eps)
@@ -184,7 +184,7 @@ def test_the_radius_is_that_of_training_unless_told_otherwise(folder):
     assert own["attack"]["eps"] == 0.04 and foreign["attack"]["eps"] == 0.031
     assert "local_lipschitzness" not in own and foreign["settings"] == {} and own["beta"] == 1
     assert run(folder, *QUICK, "--eps", "10/255")[0]["attack"]["eps"] == 10 / 255
-    l2 = asdict(Attack(norm="l2", eps=0.5, step_size=0.05, steps=1))
+    l2 = asdict(Attack(norm="l2", eps=0.5, step_size=0.2, steps=1))
     row, = run(folder, *QUICK, "--norm", "l2", "--precision", "bf16")
     assert row["attack"] == l2 and row["precision"] == "bf16" and own["precision"] == "fp32"
 

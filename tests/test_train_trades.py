@@ -3,12 +3,14 @@
 (Reading extra data, bookkeeping, resuming and errors: test_common.py.)
 """
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
-import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -315,6 +317,16 @@ def test_synthetic_data_trade_natural_for_robust_accuracy(train_on_synthetic):
     assert metrics["n"] == 80 and metrics["robust_accuracy"] > 0.3  # chance: 0.1
 
 
+def test_lambda_zero_is_plain_training_on_clean_images(tiny, tmp_path, capsys, monkeypatch):
+    seen, forward = [], common.Network.forward
+    monkeypatch.setattr(common.Network, "forward", lambda model, x: (
+        model.training and seen.append(x.detach())) or forward(model, x))
+    train_trades.main([*tiny, "--beta", "0"])
+    assert len(seen) == 16 and all(torch.equal(*pair) for pair in zip(seen[::2], seen[1::2]))  # x and x̂
+    assert all(line["lipschitz"] == 0 and line["robust_regularization"] < 1e-6 for line in log_of(tmp_path / "run"))
+    assert capsys.readouterr().err == ""
+
+
 # -------------------------------------------------------------------------------------------------- torchrun
 
 WORKER = """
@@ -386,40 +398,54 @@ print(f"process {{RANK}} agrees", file=sys.stderr, flush=True)
 """
 
 
-def torchrun(folder, *command):
-    """Two processes, started; their output is the caller's to read."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.Popen([*launcher, *map(str, command)], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_two_processes_compute_what_one_does(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER.format(root=str(Path(common.__file__).parent)))
-    _, errors = torchrun(tmp_path, "worker.py").communicate(timeout=900)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"]
+    errors = subprocess.run(launcher, cwd=tmp_path, text=True, stderr=subprocess.PIPE, timeout=900).stderr
     assert "process 0 agrees" in errors and "process 1 agrees" in errors, errors[-2000:]
 
 
+def two_processes(argv, said):
+    """Forks of this one that train together, as torchrun's would; what they say goes to a file each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def train(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        common.RANK, common.WORLD, sys.argv[1:] = rank, 2, argv
+        sys.stdout = sys.stderr = open(f"{said}-{rank}", "w")
+        common.launch(train_trades.main)
+    context = multiprocessing.get_context("fork")  # no import to wait for
+    processes = [context.Process(target=train, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_a_shared_run_is_one_run_and_resumes(tiny, tmp_path):
-    command = [Path(common.__file__).parent / "train_trades.py", *tiny, "--out"]
-    whole, stopped = (torchrun(tmp_path, *command, folder) for folder in ("whole", "stopped"))
-    for line in stopped.stdout:
-        if line.startswith("epoch 1/2"):  # kill one of the two: torchrun ends the other
-            workers = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
-            os.kill(int(workers[-1]), signal.SIGKILL)
-    assert stopped.wait() != 0
-    shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
-    output, errors = whole.communicate(timeout=900)
-    assert whole.returncode == 0, output + errors
-    assert output.count("epoch 2/2") == 1  # one process speaks
-    assert [line["n"] for line in log_of(tmp_path / "whole")] == [8, 8]
-    output, errors = torchrun(tmp_path, *command, "stopped").communicate(timeout=900)
-    assert "epoch 1/2" not in output and "epoch 2/2" in output, errors[-2000:]
-    one, other = (common.read_checkpoint(tmp_path / name / "last.pt")["model"]
-                  for name in ("whole", "stopped"))
+    whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
+    processes = [two_processes([*tiny, "--out", str(out)], f"{out}.txt") for out in (whole, stopped)]
+    while not (stopped / "last.pt").exists():
+        time.sleep(0.001)
+    processes[1][1].kill()  # the other one cannot go on
+    for process in processes[0] + processes[1]:
+        process.join(900)
+    assert [process.exitcode == 0 for process in processes[0] + processes[1]] == [True, True, False, False]
+    said = Path(f"{whole}.txt-0").read_text()
+    assert said.count("epoch 2/2") == 1 and not Path(f"{whole}.txt-1").read_text()  # one process speaks
+    assert [line["n"] for line in log_of(whole)] == [8, 8]
+    assert len(log_of(stopped)) == 1
+    shutil.copytree(stopped, alone)
+    for process in two_processes([*tiny, "--out", str(stopped)], f"{stopped}.txt"):
+        process.join(900)
+    said = Path(f"{stopped}.txt-0").read_text()
+    assert "epoch 1/2" not in said and "epoch 2/2" in said
+    one, other = (common.read_checkpoint(folder / "last.pt")["model"] for folder in (whole, stopped))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    train_trades.main([*tiny, "--out", str(tmp_path / "alone")])  # one process goes on with it, too
-    assert len(log_of(tmp_path / "alone")) == 2
+    train_trades.main([*tiny, "--out", str(alone)])  # one process goes on with it, too
+    assert len(log_of(alone)) == 2
 
 
 def test_a_batch_is_shared_out_evenly(tiny, monkeypatch):
