@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import sys
 import time
@@ -368,6 +369,8 @@ class DenseNet(Network):
 
     def __init__(self, depth, width, classes, activation="relu"):
         super().__init__()
+        if width != int(width):
+            raise UserError(f"--width {width}: a DenseNet's growth rate is a whole number")
         self.act, n, channels = ACTIVATIONS[activation], _layers_per_stage(depth), 2 * width
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         for i in (1, 2, 3):
@@ -468,10 +471,9 @@ def load_weights(model, checkpoint, source, new_classifier=False):
     if wrong:
         raise UserError(f"{source} holds another network: {len(wrong)} parameters are missing, unknown or of "
                         f"another shape, {wrong[0]} first; check architecture, depth, width and classes")
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise UserError(f"{source}: {name} is not finite")
     model.load_state_dict(state, strict=False)
+    for name in not_finite(model):
+        raise UserError(f"{source}: {name} is not finite")
     if anew:
         say(f"{source} has {before} classes, this data set {now}: the classifier starts anew")
 
@@ -628,7 +630,9 @@ def connect(args, device):
 def seed_everything(seed, epoch=0):
     """Random numbers follow from (seed, epoch, process) from here on; in epoch 0 all are alike."""
     process = RANK if epoch else 0  # initial weights must be the same
-    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, process)).generate_state(1)[0]))
+    number = int(np.random.SeedSequence((seed, epoch, process)).generate_state(1)[0])
+    for seeded in torch.manual_seed, np.random.seed, random.seed:  # a fork may draw from any
+        seeded(number)
 
 
 def own_share(order):
@@ -652,7 +656,7 @@ def synchronize(model):
 
     In train mode BatchNorm normalizes with the images of its own process.
     """
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     average_over_processes(gradients + [part for name, part in model.named_buffers() if ".running_" in name])
 
 
@@ -939,36 +943,43 @@ def local_lipschitzness(model, stream, attack, seed=0, starts=3):
     return torch.cat(largest).mean().item()
 
 
-def monitor_attack(eps):
-    """PGD-20, step 0.007: every epoch, as the paper's training code does."""
-    return Attack(eps=eps, step_size=step_for(eps, 0.007))
+def monitor_attack(eps, norm="linf"):
+    """PGD-20, step 0.007: every epoch, as the paper's training code does. (ℓ2: as `report_attack`.)"""
+    return Attack(norm=norm, eps=eps, step_size=step_for(eps, {"linf": 0.007, "l2": 0.2}[norm], norm))
 
 
-def report_attack(eps):
-    """PGD-20, step 0.003: the numbers that are reported."""
-    return Attack(eps=eps, step_size=step_for(eps, 0.003))
+def report_attack(eps, norm="linf"):
+    """PGD-20, step 0.003 (ℓ2: 0.2, ε/2.5, as strong as APGD there): the numbers that are reported."""
+    return Attack(norm=norm, eps=eps, step_size=step_for(eps, {"linf": 0.003, "l2": 0.2}[norm], norm))
 
 
 def monitor(model, data, args, epoch):
     """For the log: `evaluate` under `monitor_attack`, on --val-size images or else --eval-size test images.
 
-    Nones where --eval-every skips an epoch.
+    Nones where --eval-every skips an epoch, or where training has diverged, which `end_epoch` says. The ball
+    is ℓ∞, unless a fork has a --norm.
     """
-    if epoch % args.eval_every and epoch != args.epochs:
+    if epoch % args.eval_every and epoch != args.epochs or any(not_finite(model)):
         return dict.fromkeys(METRICS)
     x, y = (data.x_val, data.y_val) if args.val_size else data.test(args.eval_size)
-    return on_first(lambda: evaluate(model, in_order(x, y, args.batch_size), monitor_attack(args.eps)))
+    attack = monitor_attack(args.eps, getattr(args, "norm", "linf"))
+    return on_first(lambda: evaluate(model, in_order(x, y, args.batch_size), attack))
 
 
 def report(model, data, args):
     """For metrics.json: `evaluate` on --test-size images under `report_attack`, Lipschitzness of 1,000."""
-    (x, y), attack = data.test(args.test_size), report_attack(args.eps)
+    (x, y), attack = data.test(args.test_size), report_attack(args.eps, getattr(args, "norm", "linf"))
     some = in_order(x[:1000], y[:1000], args.batch_size)
     say(f"testing on {len(x):,} images with {attack.title()}")
     return on_first(lambda: {
         **evaluate(model, in_order(x, y, args.batch_size), attack),
         "local_lipschitzness": local_lipschitzness(model, some, attack),
         "precision": args.precision, "best_chosen_on": "validation" if args.val_size else "test"})
+
+
+def not_finite(model):
+    """The names of its parameters and buffers that hold an infinity or NaN."""
+    return (name for name, value in model.state_dict().items() if not value.isfinite().all())
 
 
 def describe(metrics):
@@ -982,7 +993,7 @@ def describe(metrics):
 
 
 # Settings that do not define a run.
-MAY_CHANGE = {"out", "data_dir", "device", "compile", "workers", "restarts", "script", "name"}
+MAY_CHANGE = {"out", "data_dir", "device", "compile", "script", "name", "may_change"}
 
 
 class Run:
@@ -1009,7 +1020,7 @@ class Run:
     def __init__(self, args, data=None, /, **parts):
         self.args, self.parts, self.images = args, parts, len(data) if data else 0
         self.data_hash = data.hash if data else None
-        self.sources = imported_from(Path(args.script)) | {Path(__file__).resolve()}
+        self.sources = {"common.py": Path(__file__)} | code_of(Path(args.script).resolve())
         self.epoch, self.log, self.steps = 0, [], 0  # the last epoch finished; its and earlier ones' lines
         self.folder = on_first(self._choose_folder)
         if (self.folder / "last.pt").exists():
@@ -1021,7 +1032,8 @@ class Run:
         say(f"{self.folder}: {self.epoch} of {args.epochs} epochs done")
 
     def _settings(self):
-        kept = {name: value for name, value in vars(self.args).items() if name not in MAY_CHANGE}
+        free = MAY_CHANGE | {*getattr(self.args, "may_change", ())}
+        kept = {name: value for name, value in vars(self.args).items() if name not in free}
         return json.loads(json.dumps({**kept, "data": self.data_hash}))
 
     def _choose_folder(self):
@@ -1056,8 +1068,8 @@ class Run:
         found = [f"--{name.replace('_', '-')} {before.get(name)} there, {now.get(name)} here"
                  if name != "data" else "its data were others"
                  for name in {**before, **now} if before.get(name) != now.get(name)]
-        return "; ".join(found + [f"{source.name} was edited" for source in sorted(self.sources)
-                                  if not same_code(source, folder / source.name)])
+        return "; ".join(found + [f"{name} was edited" for name, source in sorted(self.sources.items())
+                                  if not same_code(source, folder / name)])
 
     def epochs(self):
         """The epochs still to do, counted from 1."""
@@ -1069,8 +1081,8 @@ class Run:
             yield self.current
 
     def _open(self):
-        for source in self.sources:
-            write_file(self.folder / source.name, source.read_bytes())
+        for name, source in self.sources.items():
+            write_file(self.folder / name, source.read_bytes())
         write_json(self.folder / "args.json", self._settings())
         if self.epoch:  # what a kill in the midst of the last epoch's end left undone
             self._write_log()
@@ -1112,9 +1124,8 @@ class Run:
             average_over_processes([mean := history.mean()])
             means[name] = mean.item()
         for name, part in self.parts.items():
-            for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
-                if not value.isfinite().all():
-                    raise UserError(f"{name} {key} not finite after epoch {self.current}; {advice}")
+            for key in not_finite(part) if isinstance(part, nn.Module) else ():
+                raise UserError(f"{name} {key} not finite after epoch {self.current}; {advice}")
         self.log.append({"epoch": self.current, **means, **values,
                          "images_per_second": float(f"{self._rate():.4g}"),
                          "seconds": round(time.perf_counter() - self.began, 2)})
@@ -1166,19 +1177,25 @@ class Run:
                 + (f", local Lipschitzness {lipschitz:.2f}" if lipschitz is not None else ""))
 
 
-def imported_from(script):
-    """A script and the files that it, and what it imports, import from its folder and the folders in there."""
-    files, waiting = set(), [script.resolve()]
+def code_of(script):
+    """{name: path} of a script and of what it, and what that imports, imports from the script's folder.
+
+    A file in a package, losses/mart.py, is named losses.mart.py.
+    """
+    found, waiting, folder = {}, [script], script.parent
     while waiting:
-        if (file := waiting.pop()) in files or not file.exists():
+        if (file := waiting.pop()) in found.values() or not file.is_file():
             continue
-        files.add(file)
+        found[".".join(file.relative_to(folder).parts)] = file
         for node in ast.walk(ast.parse(file.read_bytes())):
             names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-            if module := getattr(node, "module", None):
-                names = [module, *(f"{module}.{name}" for name in names)]
-            waiting += [script.resolve().parent / f"{name.replace('.', '/')}.py" for name in names]
-    return files
+            module = getattr(node, "module", None)
+            names += [module, *(f"{module}.{name}" for name in names)] if module else []
+            for name, base in itertools.product(names, {folder, file.parent}):  # of a package's own folder, too
+                parts = name.split(".")
+                waiting += [base.joinpath(*parts[:i], "__init__.py") for i in range(1, len(parts) + 1)]
+                waiting += [base.joinpath(*parts).with_suffix(".py")]
+    return found
 
 
 def syntax(path):

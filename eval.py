@@ -237,7 +237,7 @@ def attacks_of(args, eps):
     """The records of --attack with this ε."""
     step = args.step_size
     if step is None:
-        step = common.step_for(eps, {"linf": 0.003, "l2": 0.2}[args.norm], args.norm)
+        step = common.report_attack(eps, args.norm).step_size
     start = args.start or "uniform"
     records = {name: (name, args.steps, step, start) for name in common.LOSSES}
     records |= {"pgd": ("cross-entropy", args.steps, step, start), "cw": ("margin", args.steps, step, start),

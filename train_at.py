@@ -23,8 +23,8 @@ def at_loss(model, x, x_adv, y, beta):
     """(loss, natural risk, robust regularization), batch means: equation (1.1), the difference clipped at 0.
 
     x, x_adv [N, 3, H, W] in [0, 1]; y [N]. Train mode. Clean and adversarial images pass separately, so that
-    BatchNorm sees each alone. The clean ones come last as in the paper's code (its running statistics are
-    theirs in greater part).
+    BatchNorm sees each alone. The clean ones come last, as in the paper's code, and weigh more in its running
+    statistics.
     """
     model.train()
     adversarial_risk = F.cross_entropy(model(x_adv), y, reduction="none")  # [N]

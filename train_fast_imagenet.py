@@ -264,6 +264,7 @@ def main(argv):
     add("--test-size", type=integer(), metavar="N", help="validation images in metrics.json; by default all")
     add("--restarts", type=integer(), metavar="N",
         help="restarts of the last test's PGD-50, the worst counts; tests a finished run again; by default 1")
+    parser.set_defaults(may_change=["workers", "restarts"])  # and the run is the same
     args, device = common.start(parser, argv)
     args.name = (f"fast-{Path(args.data_dir).resolve().name}-wrn50-{args.width:g}-eps{255 * args.eps:g}"
                  f"-beta{args.beta:g}-seed{args.seed}")

@@ -4,8 +4,10 @@ Tests run on the CPU even where there is a GPU: many compare runs to the last bi
 """
 import copy
 import json
+import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 
 # Before PyTorch is imported; processes that a test starts inherit these. One thread unless told otherwise:
@@ -21,6 +23,24 @@ import torch  # noqa: E402
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+
+
+processes = multiprocessing.get_context("forkserver")  # a clean process that has imported all, forked
+processes.set_forkserver_preload(["train_trades", "train_fast_imagenet"])
+
+
+def started(function, *args):
+    """A process that runs a function of a test module."""
+    process = processes.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def wait_for(path, process):
+    """Until the file is there."""
+    while not path.exists() and process.is_alive():
+        time.sleep(0.001)
+    assert path.exists(), f"the process ended with status {process.exitcode}"
 
 
 @pytest.fixture

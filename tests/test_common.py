@@ -3,7 +3,6 @@ import contextlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -22,7 +21,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import log_of
+from conftest import log_of, started, wait_for
 
 import common
 import train_trades
@@ -955,20 +954,18 @@ def test_whichever_file_operation_fails_a_run_resumes_to_the_same_end(tmp_path, 
 FILES = {".lock", "args.json", "best.pt", "common.py", "last.pt", "log.jsonl", "metrics.json"}
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def hold(folder):
+    kept = common.lock(folder)
+    (folder.parent / "held").touch()
+    time.sleep(1000)
+    kept.close()
+
+
 def test_a_run_in_use_by_another_process_is_left_alone_until_that_ends(tiny, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    ours, theirs = multiprocessing.Pipe()
-
-    def hold():
-        kept = common.lock(folder)
-        theirs.send("held")
-        time.sleep(1000)
-        kept.close()
-    process = multiprocessing.get_context("fork").Process(target=hold)
-    process.start()
-    ours.recv()
+    process = started(hold, folder)
+    wait_for(tmp_path / "held", process)
     with pytest.raises(UserError, match=f"{folder} is in use by another process; choose another --out"):
         train_trades.main(tiny)
     assert set(contents(folder)) == {".lock"}
@@ -1074,8 +1071,8 @@ def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, monke
     assert "(its data were others): this one goes to runs/mine-4" in edited(script, "", "", rate=2, data="bb")[1]
     assert edited(script, "import math", "from losses import factor\nimport math", rate=2)[0] == "mine-5"
     said = edited(factor, "2", "3", rate=2)[1]
-    assert "runs/mine-5 holds another run (factor.py was edited): this one goes to runs/mine-6" in said
-    assert (first.parent / "mine-6" / "factor.py").read_text() == "FACTOR = 3\n"
+    assert "runs/mine-5 holds another run (losses.factor.py was edited): this one goes to runs/mine-6" in said
+    assert (first.parent / "mine-6" / "losses.factor.py").read_text() == "FACTOR = 3\n"
     assert sorted(path.name for path in first.parent.iterdir()) == ["mine", *(f"mine-{i}" for i in range(2, 7))]
     assert before == (first / "last.pt").read_bytes()
 
@@ -1187,7 +1184,6 @@ def test_what_diverges_is_named_and_the_last_checkpoint_stays(tiny, tmp_path, mo
             loss = loss * math.inf
         return loss, natural_risk, robust_regularization
     monkeypatch.setattr(train_trades, "trades_loss", diverging)
-    monkeypatch.setattr(common, "monitor", lambda *_: {})
     with pytest.raises(UserError, match=message):
         train_trades.main(tiny)
     checkpoint = common.read_checkpoint(tmp_path / "run" / "last.pt")

@@ -115,8 +115,8 @@ def watched(monkeypatch, trained, steps=2):
     monkeypatch.setattr(common, "synthetic", lambda: FEW)
     monkeypatch.setattr(common, "Run", Recorder)
     monkeypatch.setattr(Recorder, "trained", trained)
-    monkeypatch.setattr(common, "monitor_attack", lambda eps: Attack(steps=1))
-    monkeypatch.setattr(common, "report_attack", lambda eps: Attack(steps=1, restarts=2))
+    monkeypatch.setattr(common, "monitor_attack", lambda eps, norm: Attack(steps=1))
+    monkeypatch.setattr(common, "report_attack", lambda eps, norm: Attack(steps=1, restarts=2))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

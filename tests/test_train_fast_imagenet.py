@@ -1,10 +1,8 @@
 """Fast AT on ImageFolder trees: phases, FGSM, crops, odd images, validation, a run killed and resumed."""
 import copy
 import json
-import multiprocessing
 import shutil
 import signal
-import time
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import started, wait_for
 from PIL import Image
 
 import common
@@ -285,15 +284,12 @@ def read_log(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_killed_in_another_phase_it_resumes_to_the_same_weights(tree, tmp_path, short_test):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fast.main([str(tree), *SMALL, "--workers", "0", "--out", str(whole)])
     command = [str(tree), *SMALL, "--workers", "2", "--out", str(cut)]
-    process = multiprocessing.get_context("fork").Process(target=fast.main, args=(command,))
-    process.start()
-    while not (cut / "log.jsonl").exists():  # the first phase is over then
-        time.sleep(0.001)
+    process = started(fast.main, command)
+    wait_for(cut / "log.jsonl", process)  # the first phase is over then
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL and len(read_log(cut)) < 3

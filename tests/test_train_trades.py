@@ -3,14 +3,12 @@
 (Reading extra data, bookkeeping, resuming and errors: test_common.py.)
 """
 import math
-import multiprocessing
 import os
 import pickle
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +17,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import log_of
+from conftest import log_of, started, wait_for
 from torchvision.datasets import CIFAR100
 
 import common
@@ -228,7 +226,7 @@ def cifar100(tmp_path, monkeypatch):
     (train_trades, "wrn", "1"), (train_at, "densenet", "4"), (train_awp, "preact", "1/8"),
     (train_awp, "densenet", "4")])
 def test_every_script_trains_on_cifar100(tiny, cifar100, tmp_path, monkeypatch, script, arch, width):
-    monkeypatch.setattr(common, "report_attack", lambda eps: Attack(step_size=0.03, steps=2))
+    monkeypatch.setattr(common, "report_attack", lambda eps, norm: Attack(step_size=0.03, steps=2))
     out = tmp_path / "run"
     script.main([*tiny, "--dataset", "cifar100", "--arch", arch, "--width", width, "--train-size", "100",
                  "--batch-size", "50", "--steps", "1", "--step-size", "0.031", "--epochs", "1",
@@ -405,30 +403,25 @@ def test_two_processes_compute_what_one_does(tmp_path):
     assert "process 0 agrees" in errors and "process 1 agrees" in errors, errors[-2000:]
 
 
+def train_as(rank, port, argv, said):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    common.RANK, common.WORLD, sys.argv[1:] = rank, 2, argv
+    sys.stdout = sys.stderr = open(f"{said}-{rank}", "w")
+    common.launch(train_trades.main)
+
+
 def two_processes(argv, said):
-    """Forks of this one that train together, as torchrun's would; what they say goes to a file each."""
+    """They train together, as torchrun's would; what they say goes to a file each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-
-    def train(rank):
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        common.RANK, common.WORLD, sys.argv[1:] = rank, 2, argv
-        sys.stdout = sys.stderr = open(f"{said}-{rank}", "w")
-        common.launch(train_trades.main)
-    context = multiprocessing.get_context("fork")  # no import to wait for
-    processes = [context.Process(target=train, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    return processes
+        port = free.getsockname()[1]
+    return [started(train_as, rank, port, argv, said) for rank in range(2)]
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_a_shared_run_is_one_run_and_resumes(tiny, tmp_path):
     whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
     processes = [two_processes([*tiny, "--out", str(out)], f"{out}.txt") for out in (whole, stopped)]
-    while not (stopped / "last.pt").exists():
-        time.sleep(0.001)
+    wait_for(stopped / "last.pt", processes[1][1])
     processes[1][1].kill()  # the other one cannot go on
     for process in processes[0] + processes[1]:
         process.join(900)
