@@ -1187,15 +1187,21 @@ def code_of(script):
         if (file := waiting.pop()) in found.values() or not file.is_file():
             continue
         found[".".join(file.relative_to(folder).parts)] = file
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-            module = getattr(node, "module", None)
-            names += [module, *(f"{module}.{name}" for name in names)] if module else []
-            for name, base in itertools.product(names, {folder, file.parent}):  # of a package's own folder, too
-                parts = name.split(".")
-                waiting += [base.joinpath(*parts[:i], "__init__.py") for i in range(1, len(parts) + 1)]
-                waiting += [base.joinpath(*parts).with_suffix(".py")]
+        for parts, base in itertools.product(imports(file.read_bytes()), {folder, file.parent}):
+            waiting += [base.joinpath(*parts).with_suffix(".py"),
+                        *(base.joinpath(*parts[:i], "__init__.py") for i in range(1, len(parts) + 1))]
     return found
+
+
+@functools.cache
+def imports(code):
+    """What Python code may import, each as the parts of a dotted name."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module, names = getattr(node, "module", None), [alias.name for alias in node.names]
+            found |= {module, *(f"{module}.{name}" for name in names)} if module else {*names}
+    return [tuple(name.split(".")) for name in found]
 
 
 def syntax(path):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 # Before PyTorch is imported; processes that a test starts inherit these. One thread unless told otherwise:
@@ -32,7 +33,9 @@ processes.set_forkserver_preload(["train_trades", "train_fast_imagenet"])
 def started(function, *args):
     """A process that runs a function of a test module."""
     process = processes.Process(target=function, args=args)
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the first of all finds what to import
+        process.start()
     return process
 
 
@@ -58,8 +61,9 @@ def write_npz(tmp_path):
 
 
 @pytest.fixture
-def tiny(tmp_path, write_npz):
+def tiny(tmp_path, write_npz, monkeypatch):
     """Arguments of two epochs of four steps on tiny.npz, into tmp_path/run; what a test appends wins."""
+    monkeypatch.setattr(common, "local_lipschitzness", partial(common.local_lipschitzness, starts=1))  # sooner
     write_npz()
     return ["--depth", "10", "--width", "1", "--batch-size", "16", "--steps", "2", "--epochs", "2",
             "--step-size", "0.02",
@@ -158,10 +162,10 @@ def check_steps(monkeypatch, tiny, tmp_path):
 def train_on_synthetic(monkeypatch, tmp_path):
     """train_on_synthetic(main, *flags): --quick, but shorter; run folder, log, last.pt's metrics, settings."""
     def train(main, *flags):
-        few = common.synthetic(960, 80)
+        few = common.synthetic(768, 80)
         monkeypatch.setattr(common, "synthetic", lambda: few)
         monkeypatch.chdir(tmp_path)
-        main(["--quick", "--epochs", "4", "--train-size", "960", "--batch-size", "32", "--schedule", "cosine",
+        main(["--quick", "--epochs", "4", "--train-size", "768", "--batch-size", "32", "--schedule", "cosine",
               "--steps", "1", "--step-size", "0.031", "--eval-every", "4", "--eval-size", "10",
               "--test-size", "80", "--precision", "fp32", *flags])
         out, = (tmp_path / "runs").iterdir()

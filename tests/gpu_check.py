@@ -229,7 +229,7 @@ def main(argv):
                 folder=Path(tempfile.mkdtemp(prefix="gpu-check-")), until=time.time() + 60 * args.minutes)
     if args.dry:  # the compiler's front end alone: its back end takes a minute
         compile = torch.nn.Module.compile
-        torch.nn.Module.compile = lambda model, **how: compile(model, **how, backend="aot_eager")
+        torch.nn.Module.compile = lambda model, **how: compile(model, **how, backend="eager")
     rows = [f"{benchmark.name_of(here.device)}, PyTorch {torch.__version__}", "",
             "| check | | seconds | found |", "|---|---|---:|---|"]
     for name in args.only or [name for name in CHECKS if name != "beside" or args.rival]:

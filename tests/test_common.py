@@ -756,16 +756,10 @@ def test_torchrun_gives_each_process_its_own_gpu(monkeypatch):
 # ------------------------------------------------------------------------------------------------- run folder
 
 
-def run(*extra, script=ROOT / "train_trades.py", **options):
-    """A script in a process of its own, as a user starts it."""
-    command = [sys.executable, script, *map(str, extra)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
-def start_and_stop(command, when, how, timeout=120):
+def start_and_stop(command, when, how, cwd=ROOT, timeout=120):
     """Start a Python process, send it the signal `how` as soon as `when()` holds, and return it, finished."""
     process = subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, cwd=ROOT,  # `nohup pytest &` ignores Ctrl-C:
+                               stderr=subprocess.PIPE, cwd=cwd,  # `nohup pytest &` ignores Ctrl-C:
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + timeout
     while not when() and process.poll() is None and time.monotonic() < deadline:
@@ -802,9 +796,12 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(tiny, 
     write_npz(n_train=160)
     tiny += ["--epochs", "4", "--test-size", "21"]
     whole, cut = tmp_path / "whole", tmp_path / "run"
-    killed = start_and_stop([ROOT / "train_trades.py", *tiny], lambda: lines_of(cut / "log.jsonl") >= 2,
-                            signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL and lines_of(cut / "log.jsonl") in (2, 3)
+    process = started(train_trades.main, tiny)
+    while lines_of(cut / "log.jsonl") < 2 and process.is_alive():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and lines_of(cut / "log.jsonl") in (2, 3)
     (cut / "log.jsonl").unlink()  # a log that is lost, or cut short, is whole again
     train_trades.main(tiny)
     train_trades.main([*tiny, "--out", str(whole)])
@@ -826,12 +823,15 @@ def test_an_epochs_random_numbers_follow_from_seed_and_epoch(tmp_path):
     assert len({tuple(part) for part in [*first, *draws(2, 3)]}) == 6
 
 
-def test_ctrl_c_keeps_the_last_finished_epoch(tiny, write_npz, tmp_path):
-    write_npz(n_train=480)
-    stopped = start_and_stop([ROOT / "train_trades.py", *tiny, "--epochs", "50"],
-                             lambda: lines_of(tmp_path / "run" / "log.jsonl") >= 2, signal.SIGINT)
+def test_ctrl_c_keeps_the_last_finished_epoch_of_a_fork_in_its_own_folder(tiny, tmp_path):
+    for name in "train_trades.py", "common.py":
+        shutil.copy(ROOT / name, tmp_path)
+    script = (tmp_path / "train_trades.py").rename(tmp_path / "train_mine.py")
+    folder = tmp_path / "runs" / "mine-tiny-wrn-10-1-beta6-seed1"
+    stopped = start_and_stop([script, *tiny[:-2], "--epochs", "500"],
+                             lambda: lines_of(folder / "log.jsonl") >= 2, signal.SIGINT, cwd=tmp_path)
     assert stopped.returncode == 130 and "interrupted; " in stopped.err and stopped.err.count("\n") == 1
-    assert common.read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
+    assert common.read_checkpoint(folder / "last.pt")["epoch"] >= 2 and (folder / "train_mine.py").exists()
 
 
 class Counter:
@@ -1075,15 +1075,6 @@ def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, monke
     assert (first.parent / "mine-6" / "losses.factor.py").read_text() == "FACTOR = 3\n"
     assert sorted(path.name for path in first.parent.iterdir()) == ["mine", *(f"mine-{i}" for i in range(2, 7))]
     assert before == (first / "last.pt").read_bytes()
-
-
-def test_a_copied_script_names_its_own_folder(tiny, tmp_path):
-    for name in "train_trades.py", "common.py":
-        shutil.copy(ROOT / name, tmp_path)
-    script = (tmp_path / "train_trades.py").rename(tmp_path / "train_mine.py")
-    found = run(*tiny[:-2], "--epochs", "1", script=script, cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert (tmp_path / "runs" / "mine-tiny-wrn-10-1-beta6-seed1" / "train_mine.py").exists()
 
 
 def test_a_named_folder_with_another_run_is_left_alone(tiny, tmp_path, write_npz):

@@ -16,7 +16,7 @@ def here(tmp_path, monkeypatch):
     """As --dry makes it: compiled by the compiler's front end alone."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda model, **how: compile(model, **how, backend="aot_eager"))
+                        lambda model, **how: compile(model, **how, backend="eager"))
     return gpu_check.Here(device=torch.device("cpu"), dry=True, until=time.time() + 600, folder=tmp_path)
 
 
