@@ -550,7 +550,7 @@ def width_figure(figure, rows):
                           label=setting("λ", beta))
         axes.set(ylabel=header)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    panels[-1].set(xlabel=f"width ({rows[0]['dataset']}; {title(rows[0]['attack'])})", xscale="log",
+    panels[-1].set(xlabel=f"width ({rows[0]['dataset']})\n{title(rows[0]['attack'])}", xscale="log",
                    xticks=widths, xticklabels=widths)
     panels[-1].minorticks_off()
 
