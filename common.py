@@ -1137,6 +1137,7 @@ class Run:
             f"{self._rate():.4g} images/s  {left} left")
 
     def _save(self):
+        self._lines()  # fails before anything is written, if a value is no JSON
         content = io.BytesIO()
         torch.save({**{name: part.state_dict() for name, part in self.parts.items()}, "epoch": self.current,
                     "log": self.log, "args": self._settings()}, content)
@@ -1145,9 +1146,11 @@ class Run:
             write_file(self.folder / "best.pt", content.getbuffer())
         self._write_log()
 
+    def _lines(self):
+        return "".join(json.dumps(entry) + "\n" for entry in self.log)
+
     def _write_log(self):
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-        write_file(self.folder / "log.jsonl", lines.encode())
+        write_file(self.folder / "log.jsonl", self._lines().encode())
 
     def _is_best(self):
         """Is the robust accuracy of the last line above those of all lines before?"""
@@ -1389,7 +1392,8 @@ def experiment_parser(file, doc):
     parser = Parser(doc)
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=integer(0), default=1, help="seeds weights, shuffling, augmentation and attacks")
-    add("--out", metavar="DIR", help="run folder; by default named after method, data, network, β and seed")
+    add("--out", metavar="DIR", help="run folder; by default named after method, data, network, β "
+        "and seed; under torchrun on several machines, on a disk that all share")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="auto: bf16 on CUDA, on a CPU what a short measurement finds faster; kept for the run")

@@ -50,7 +50,8 @@ def arguments(argv):
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", type=os.path.expanduser,
         help="run folder, checkpoint, robustbench:NAME or JSON")
-    add("--checkpoint", choices=("best", "last"), default="best", help="which one of a run folder to read")
+    add("--checkpoint", choices=("best", "last"), default="best", help="which one of a run folder to read; best.pt of "
+        "several runs were trained for different times: compare widths by last")
     own = [name for name in common.LOSSES if name not in ("cross-entropy", "margin")]  # a fork's
     add("--attack", nargs="+", choices=("pgd", "cw", "fgsm", "autoattack", *own, "none"), default=["pgd"],
         help="pgd: on cross-entropy; cw: PGD on the margin; fgsm: one step of ε; none: evaluate nothing")
@@ -58,7 +59,7 @@ def arguments(argv):
     add("--step-size", type=common.number(), help="of pgd and cw; by default 0.003 (l2: 0.2), and longer in "
         "proportion where ε is above 8/255 (0.5)")
     add("--eps", type=common.number(), help="radius, pixels in [0, 1]; 8/255 works; by default what training "
-        "had, or 0.031 (l2: 0.5)")
+        "had, 8/255 for RobustBench's, else 0.031 (l2: 0.5)")
     add("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
     add("--start", choices=("uniform", "gaussian", "none"), help="by default uniform, for fgsm none")
     add("--restarts", type=common.integer(), default=1, help="of attacks with a random start")

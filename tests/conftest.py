@@ -24,6 +24,7 @@ import torch  # noqa: E402
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+from common import Attack  # noqa: E402
 
 
 processes = multiprocessing.get_context("forkserver")  # a clean process that has imported all, forked
@@ -64,6 +65,8 @@ def write_npz(tmp_path):
 def tiny(tmp_path, write_npz, monkeypatch):
     """Arguments of two epochs of four steps on tiny.npz, into tmp_path/run; what a test appends wins."""
     monkeypatch.setattr(common, "local_lipschitzness", partial(common.local_lipschitzness, starts=1))  # sooner
+    monkeypatch.setattr(common, "monitor_attack", lambda eps, norm: Attack("cross-entropy", norm, eps, eps, 4))
+    monkeypatch.setattr(common, "report_attack", lambda eps, norm: Attack("cross-entropy", norm, eps, eps / 2, 4))
     write_npz()
     return ["--depth", "10", "--width", "1", "--batch-size", "16", "--steps", "2", "--epochs", "2",
             "--step-size", "0.02",

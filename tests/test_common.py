@@ -792,7 +792,9 @@ def assert_same_runs(*folders):
     assert len({(folder / "metrics.json").read_bytes() for folder in folders}) == 1
 
 
-def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(tiny, write_npz, tmp_path, capsys):
+def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(
+        tiny, write_npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()  # another process has no shorter attacks
     write_npz(n_train=160)
     tiny += ["--epochs", "4", "--test-size", "21"]
     whole, cut = tmp_path / "whole", tmp_path / "run"
@@ -975,7 +977,8 @@ def test_a_run_in_use_by_another_process_is_left_alone_until_that_ends(tiny, tmp
     assert (folder / "metrics.json").exists()
 
 
-def test_the_folder_holds_what_the_readme_promises(tiny, tmp_path):
+def test_the_folder_holds_what_the_readme_promises(tiny, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the attacks of `tiny`
     data, out = load("tiny", tmp_path), tmp_path / "run"
     (x, y), (again, _), (everything, _) = data.test(9), data.test(9), data.test()
     assert len(x) == 9 and x.equal(again) and not x.equal(data.x_test[:9]) and everything.equal(data.x_test)
