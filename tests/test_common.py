@@ -819,10 +819,11 @@ def test_an_epochs_random_numbers_follow_from_seed_and_epoch(tmp_path):
     def draws(seed, epochs):
         args = SimpleNamespace(out=str(tmp_path / f"{seed}"), epochs=epochs, seed=seed, script=__file__,
                                precision="fp32")
-        return [torch.rand(3).tolist() for _ in common.Run(args, model=nn.Linear(1, 1)).epochs()]
+        return [[torch.rand(()).item(), np.random.rand(), random.random()]  # a fork may draw from any
+                for _ in common.Run(args, model=nn.Linear(1, 1)).epochs()]
     first = draws(1, 3)
     assert draws(1, 3) == first and draws(1, 2) == first[:2]
-    assert len({tuple(part) for part in [*first, *draws(2, 3)]}) == 6
+    assert [len({*column}) for column in zip(*[*first, *draws(2, 3)])] == [6, 6, 6]
 
 
 def test_ctrl_c_keeps_the_last_finished_epoch_of_a_fork_in_its_own_folder(tiny, tmp_path):
@@ -1018,6 +1019,26 @@ def test_best_is_the_epoch_of_highest_monitored_robust_accuracy(tiny, tmp_path, 
         assert metrics[name]["robust_accuracy"] == accuracy and checkpoint["model"]["fc.bias"].equal(weights)
 
 
+def test_a_fork_with_a_norm_is_monitored_and_reported_in_it():
+    x, y = torch.randint(0, 256, (20, 3, 2, 2), dtype=torch.uint8), torch.randint(0, 3, (20,))
+    data = common.Data(x, y, x, y, 3, "")
+    for settings, norm in ({}, "linf"), ({"norm": "l2"}, "l2"):
+        args = SimpleNamespace(eps=0.5, eval_every=1, epochs=1, val_size=0, eval_size=9, test_size=None,
+                               batch_size=10, precision="fp32", **settings)
+        found = common.monitor(linear(12, 3), data, args, 1), common.report(linear(12, 3), data, args)
+        assert [metrics["attack"]["norm"] for metrics in found] == [norm] * 2
+
+
+def test_a_value_that_is_no_json_leaves_the_checkpoint_before(tmp_path):
+    args = SimpleNamespace(out=str(tmp_path / "run"), epochs=2, seed=1, script=__file__, precision="fp32")
+    run = common.Run(args, model=nn.Linear(1, 1))
+    with pytest.raises(TypeError):
+        for epoch in run.epochs():
+            run.end_epoch(value=1 if epoch == 1 else torch.ones(2))
+    assert common.read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+    assert [line["value"] for line in log_of(tmp_path / "run")] == [1]
+
+
 @pytest.mark.parametrize("val_size, chosen_on", [(24, "validation"), (0, "test")])
 def test_the_report_says_what_best_was_chosen_on(tiny, tmp_path, val_size, chosen_on):
     train_trades.main([*tiny, "--epochs", "1", "--val-size", str(val_size)])
@@ -1124,7 +1145,7 @@ def test_a_run_that_finished_no_epoch_may_start_over_with_other_settings(tiny, t
     "--eps 1/0": "must be a number", "--eps two": "invalid number value", "--eps nan": "must be a number",
     "--eps 3": "at most 1; 3/255", "--step-size 2": "at most 1; 2/255", "--width 0": "above 0",
     "--lr 0": "above 0", "--beta -1": "at least 0", "--schedule linear": "invalid choice",
-    "--depth 35": r"6n \+ 4", "--dataset absent": "absent.npz is missing",
+    "--depth 35": r"6n \+ 4", "--arch densenet --width 12.5": "a whole number", "--dataset absent": "absent.npz is missing",
     "--device abacus": "no such device", "--device cuda": "no such device",
     "--device meta": "cpu and cuda are supported", f"--seed {2 ** 64}": r"below 2\^63"}.items())
 def test_mistakes_are_named(tiny, tmp_path, argv, message):
