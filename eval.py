@@ -1,6 +1,7 @@
 """The paper's three metrics of any checkpoints: a table, JSON, figures (Figs. 5-9; Apps. C, G and H).
 
     python eval.py runs/*                                    # PGD-20, each run's best.pt and own ε
+    python eval.py runs/* --precision auto --compile auto    # sooner on a GPU: predictions stay in float32
     python eval.py runs/* --merge-seeds --json results.json  # means over seeds; the JSON keeps every run
     python eval.py results.json --attack none --plot plots   # figures of what is there, no new attacks
     python eval.py model.pt --attack pgd cw autoattack       # a published network, on CIFAR-10
