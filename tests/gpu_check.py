@@ -190,9 +190,8 @@ def speed(here, width=10):
     depth, width, n, steps = (10, 1, 2, 1) if here.dry else (34, width, 128, 10)
     argv = ["--dataset", "synthetic", "--out", os.devnull, "--depth", depth, "--width", width, "--batch-size",
             n, "--steps", steps, "--device", here.device, *(["--precision", "fp32"] if here.dry else [])]
-    watch = Watch(device=here.device)
     with contextlib.suppress(StopIteration):
-        benchmark.ours(watch, "trades", [*map(str, argv)])
+        benchmark.ours(watch := Watch(device=here.device), "trades", [*map(str, argv)])
     (start, compiled, began, ended), precision = watch.times, watch.facts["precision"]
     seconds, memory = (ended - began) / 20, torch.cuda.max_memory_allocated()
     rate = watch.facts["flops"] * n * benchmark.PASSES["trades"](steps) / seconds
