@@ -23,7 +23,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Before PyTorch is imported: threads that wait by spinning slow each other many times over when another job runs.
+# Before PyTorch is imported: threads that wait by spinning slow each other down beside another job.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 for override in "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE":  # fp32 is the exact reference
     os.environ.pop(override, None)
@@ -176,15 +176,15 @@ def _torchvision_cifar(name, npz):
 def synthetic(n_train=5000, n_test=500, seed=0):
     """Ten classes of 16×16 images: a bold cue that is often right, a faint one that is (Tsipras et al. 2019).
 
-    On dark grey noise (0.1 ± 0.02) lie a square of one of ten colours, amplitude 0.25, that shows the class 80 %
-    of the time and a random one else, and a class texture of amplitude 0.03, fainter than ε = 0.031 and always
-    right. Plain training lives on the texture and is not robust at all. The larger β, the more a network relies
-    on the square. Returns x_train, y_train, x_test, y_test as an .npz has them.
+    On dark grey noise (0.1 ± 0.02) lie a square of one of ten colours, amplitude 0.25, that shows the class
+    80 % of the time and a random one else, and a class texture of amplitude 0.03, fainter than ε = 0.031 and
+    always right. Plain training lives on the texture and is not robust at all. The larger β, the more a
+    network relies on the square. Returns x_train, y_train, x_test, y_test as an .npz has them.
     """
     rng = np.random.default_rng(seed)
     colours = np.stack(np.meshgrid(*[[0, 0.5, 1]] * 3), -1).reshape(27, 3)
     colours = rng.permutation(colours[colours.sum(1) % 1 == 0][1:])[:10]      # [10, 3], 1 or more apart in ℓ1
-    textures = np.tile(rng.choice([-1, 1], (10, 2, 2, 3)), (8, 8, 1))         # a mirror image is a shifted one
+    textures = np.tile(rng.choice([-1, 1], (10, 2, 2, 3)), (8, 8, 1))        # a mirror image is a shifted one
 
     def split(n):
         y = rng.integers(0, 10, n)
@@ -1126,9 +1126,10 @@ class Run:
         for name, part in self.parts.items():
             for key in not_finite(part) if isinstance(part, nn.Module) else ():
                 raise UserError(f"{name} {key} not finite after epoch {self.current}; {advice}")
-        self.log.append({"epoch": self.current, **means, **values,
-                         "images_per_second": float(f"{self._rate():.4g}"),
-                         "seconds": round(time.perf_counter() - self.began, 2)})
+        line = {"epoch": self.current, **means, **values, "images_per_second": float(f"{self._rate():.4g}"),
+                "seconds": round(time.perf_counter() - self.began, 2)}
+        json.dumps(line)  # a value that is no JSON fails here, before anything is written
+        self.log.append(line)
         on_first(self._save)
         self.epoch = self.current
         shown = "  ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
@@ -1137,7 +1138,6 @@ class Run:
             f"{self._rate():.4g} images/s  {left} left")
 
     def _save(self):
-        self._lines()  # fails before anything is written, if a value is no JSON
         content = io.BytesIO()
         torch.save({**{name: part.state_dict() for name, part in self.parts.items()}, "epoch": self.current,
                     "log": self.log, "args": self._settings()}, content)
@@ -1146,11 +1146,9 @@ class Run:
             write_file(self.folder / "best.pt", content.getbuffer())
         self._write_log()
 
-    def _lines(self):
-        return "".join(json.dumps(entry) + "\n" for entry in self.log)
-
     def _write_log(self):
-        write_file(self.folder / "log.jsonl", self._lines().encode())
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+        write_file(self.folder / "log.jsonl", lines.encode())
 
     def _is_best(self):
         """Is the robust accuracy of the last line above those of all lines before?"""
@@ -1441,8 +1439,8 @@ def training_parser(file, doc, quick=None, **defaults):
 
 
 QUICK = {"dataset": "synthetic", "depth": 10, "width": 1, "epochs": 8, "train_size": 3000, "batch_size": 64,
-         "lr": 0.2, "schedule": "one-cycle", "steps": 2, "step_size": 0.016, "eval_every": 4, "eval_size": 200,
-         "compile": "off"}  # compiling would take longer than training
+         "lr": 0.2, "schedule": "one-cycle", "steps": 2, "step_size": 0.016, "eval_every": 4,
+         "eval_size": 200, "compile": "off"}  # compiling would take longer than training
 
 
 def start(parser, argv):

@@ -51,8 +51,8 @@ def arguments(argv):
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", type=os.path.expanduser,
         help="run folder, checkpoint, robustbench:NAME or JSON")
-    add("--checkpoint", choices=("best", "last"), default="best", help="which one of a run folder to read; best.pt of "
-        "several runs were trained for different times: compare widths by last")
+    add("--checkpoint", choices=("best", "last"), default="best", help="which one of a run folder to read; "
+        "the best.pt of several runs were trained for different times: compare widths by last")
     own = [name for name in common.LOSSES if name not in ("cross-entropy", "margin")]  # a fork's
     add("--attack", nargs="+", choices=("pgd", "cw", "fgsm", "autoattack", *own, "none"), default=["pgd"],
         help="pgd: on cross-entropy; cw: PGD on the margin; fgsm: one step of ε; none: evaluate nothing")

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from common import Attack  # noqa: E402
 
-
 processes = multiprocessing.get_context("forkserver")  # a clean process that has imported all, forked
 processes.set_forkserver_preload(["train_trades", "train_fast_imagenet"])
 
@@ -64,9 +63,11 @@ def write_npz(tmp_path):
 @pytest.fixture
 def tiny(tmp_path, write_npz, monkeypatch):
     """Arguments of two epochs of four steps on tiny.npz, into tmp_path/run; what a test appends wins."""
-    monkeypatch.setattr(common, "local_lipschitzness", partial(common.local_lipschitzness, starts=1))  # sooner
-    monkeypatch.setattr(common, "monitor_attack", lambda eps, norm: Attack("cross-entropy", norm, eps, eps, 4))
-    monkeypatch.setattr(common, "report_attack", lambda eps, norm: Attack("cross-entropy", norm, eps, eps / 2, 4))
+    for name, value in {  # sooner than the real ones
+            "local_lipschitzness": partial(common.local_lipschitzness, starts=1),
+            "monitor_attack": lambda eps, norm: Attack("cross-entropy", norm, eps, eps, 4),
+            "report_attack": lambda eps, norm: Attack("cross-entropy", norm, eps, eps / 2, 4)}.items():
+        monkeypatch.setattr(common, name, value)
     write_npz()
     return ["--depth", "10", "--width", "1", "--batch-size", "16", "--steps", "2", "--epochs", "2",
             "--step-size", "0.02",
@@ -163,7 +164,7 @@ def check_steps(monkeypatch, tiny, tmp_path):
 
 @pytest.fixture
 def train_on_synthetic(monkeypatch, tmp_path):
-    """train_on_synthetic(main, *flags): --quick, but shorter; run folder, log, last.pt's metrics, settings."""
+    """train_on_synthetic(main, *flags): a shorter --quick; run folder, log, last.pt's metrics, settings."""
     def train(main, *flags):
         few = common.synthetic(768, 80)
         monkeypatch.setattr(common, "synthetic", lambda: few)

@@ -795,7 +795,7 @@ def assert_same_runs(*folders):
 def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(
         tiny, write_npz, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()  # another process has no shorter attacks
-    write_npz(n_train=160)
+    write_npz(n_train=320)
     tiny += ["--epochs", "4", "--test-size", "21"]
     whole, cut = tmp_path / "whole", tmp_path / "run"
     process = started(train_trades.main, tiny)
@@ -1062,7 +1062,7 @@ def test_default_names_are_short_and_defaults_those_of_the_network():
 
 
 def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, monkeypatch, capsys):
-    """Settings, data, the script's code, common.py's, an imported file's; not words or the finished run itself."""
+    """Settings, data, the code of the script, common.py, an imported file; not words or a finished run."""
     script, shared = (Path(shutil.copy(ROOT / name, tmp_path)) for name in ("train_trades.py", "common.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "__file__", str(shared))
@@ -1075,7 +1075,8 @@ def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, monke
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new, 1))
         capsys.readouterr()
-        args = SimpleNamespace(out=None, name="mine", epochs=1, seed=1, script=script, precision="fp32", **settings)
+        args = SimpleNamespace(out=None, name="mine", epochs=1, seed=1, script=script, precision="fp32",
+                               **settings)
         run = common.Run(args, common.Data([0], [0], [0], [0], 1, hash=data), model=nn.Linear(1, 1))
         for _ in run.epochs():
             run.end_epoch()
@@ -1092,12 +1093,14 @@ def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, monke
     assert "runs/mine holds another run (train_trades.py was edited): this one goes to runs/mine-2" in said
     folder, said = edited(shared, "0.001 * torch.randn", "0.002 * torch.randn", rate=2)
     assert "runs/mine-2 holds another run (--rate 1 there, 2 here; common.py was edited)" in said
-    assert "(its data were others): this one goes to runs/mine-4" in edited(script, "", "", rate=2, data="bb")[1]
+    said = edited(script, "", "", rate=2, data="bb")[1]
+    assert "(its data were others): this one goes to runs/mine-4" in said
     assert edited(script, "import math", "from losses import factor\nimport math", rate=2)[0] == "mine-5"
     said = edited(factor, "2", "3", rate=2)[1]
     assert "runs/mine-5 holds another run (losses.factor.py was edited): this one goes to runs/mine-6" in said
     assert (first.parent / "mine-6" / "losses.factor.py").read_text() == "FACTOR = 3\n"
-    assert sorted(path.name for path in first.parent.iterdir()) == ["mine", *(f"mine-{i}" for i in range(2, 7))]
+    assert sorted(path.name for path in first.parent.iterdir()) == [
+        "mine", *(f"mine-{i}" for i in range(2, 7))]
     assert before == (first / "last.pt").read_bytes()
 
 
@@ -1145,7 +1148,8 @@ def test_a_run_that_finished_no_epoch_may_start_over_with_other_settings(tiny, t
     "--eps 1/0": "must be a number", "--eps two": "invalid number value", "--eps nan": "must be a number",
     "--eps 3": "at most 1; 3/255", "--step-size 2": "at most 1; 2/255", "--width 0": "above 0",
     "--lr 0": "above 0", "--beta -1": "at least 0", "--schedule linear": "invalid choice",
-    "--depth 35": r"6n \+ 4", "--arch densenet --width 12.5": "a whole number", "--dataset absent": "absent.npz is missing",
+    "--arch densenet --width 12.5": "a whole number",
+    "--depth 35": r"6n \+ 4", "--dataset absent": "absent.npz is missing",
     "--device abacus": "no such device", "--device cuda": "no such device",
     "--device meta": "cpu and cuda are supported", f"--seed {2 ** 64}": r"below 2\^63"}.items())
 def test_mistakes_are_named(tiny, tmp_path, argv, message):

@@ -41,7 +41,7 @@ def test_the_benchmark_trains_on_images_as_large_as_it_counts(monkeypatch):
     with pytest.raises(StopIteration):
         benchmark.ours(turns, "trades", benchmark.script_arguments(args, "cpu", "fp32-eager"))
     assert shapes == {(8, 3, 32, 32)}
-    maps = {32: 3 * 16 * 9 + 2 * 16 * 16 * 9, 16: (16 + 32) * 32 * 9 + 16 * 32, 8: (32 + 64) * 64 * 9 + 32 * 64}
+    maps = {32: (3 + 16 + 16) * 16 * 9, 16: (16 + 32) * 32 * 9 + 16 * 32, 8: (32 + 64) * 64 * 9 + 32 * 64}
     assert facts["flops"] == 2 * (sum(size ** 2 * weights for size, weights in maps.items()) + 64 * 10)
 
 
@@ -88,7 +88,8 @@ def test_attacks_see_one_without_its_projection_and_one_that_stops_early(here, m
 
     def early(model, x, loss, attack):  # in all executions but the first
         runs.append(attack)
-        return whole(model, x, loss, attack if len(runs) == 1 else common.Attack("kl", steps=2, step_size=0.007))
+        short = common.Attack("kl", steps=2, step_size=0.007)
+        return whole(model, x, loss, attack if len(runs) == 1 else short)
     monkeypatch.setattr(gpu_check, "pgd", early)
     with pytest.raises(AssertionError, match="a weaker attack"):
         gpu_check.attacks(here)
@@ -106,5 +107,6 @@ common.launch(train_trades.main)
 def test_resume_sees_one_that_forgets_the_optimizer(here, monkeypatch, tmp_path):
     (tmp_path / "train_trades.py").write_text(FORGETFUL)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    with pytest.raises(AssertionError, match=r"killed after epoch \d of 8, weights differ.*two whole runs by 0"):
+    match = r"killed after epoch \d of 8, weights differ.*two whole runs by 0"
+    with pytest.raises(AssertionError, match=match):
         gpu_check.resume(here)
