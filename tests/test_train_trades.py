@@ -400,8 +400,8 @@ print(f"process {{RANK}} agrees", file=sys.stderr, flush=True)
 def test_two_processes_compute_what_one_does(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER.format(root=str(Path(common.__file__).parent)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                "--local-addr=127.0.0.1"]  # a machine's name may lead nowhere
-    errors = subprocess.run([*launcher, "worker.py"], cwd=tmp_path, text=True, stderr=subprocess.PIPE, timeout=900).stderr
+                "--local-addr=127.0.0.1", "worker.py"]  # a machine's name may lead nowhere
+    errors = subprocess.run(launcher, cwd=tmp_path, text=True, stderr=subprocess.PIPE, timeout=900).stderr
     assert "process 0 agrees" in errors and "process 1 agrees" in errors, errors[-2000:]
 
 
