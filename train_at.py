@@ -9,7 +9,7 @@
 Loss: mean L(x) + β·mean max(L(x̂) - L(x), 0), L the cross-entropy. x̂ comes from 10 steps of PGD on L. The
 difference is clipped image by image, so that an attack that failed is not rewarded. Settings as for TRADES.
 
-At β = 1 the loss is mean max(L(x̂), L(x)). Plain adversarial training (Madry et al. 2018) has mean L(x̂), which
+At β = 1 the loss is mean max(L(x̂), L(x)). Plain adversarial training (Madry et al. 2018) has mean L(x̂). It
 differs on images whose loss the attack did not raise. Two more things differ from theirs. The attack starts
 0.001·N(0, 1) away from x, not anywhere in the ε-ball. Clean images pass, too, so that BatchNorm's running
 statistics are of both kinds.

@@ -9,9 +9,9 @@
 
 A step: x̂ as in TRADES. Every weight tensor w moves to w + γ·‖w‖·g/‖g‖, g its gradient of the TRADES loss,
 cross-entropy + β·KL(f(x) ‖ f(x̂)). The SGD step, weight decay included, is taken there. Then the same
-perturbation is subtracted. Biases and BatchNorm's parameters stay. The first --warmup epochs are plain TRADES:
-10, so AWP acts from epoch 11 on (the public release starts in the 10th). The rate is divided by ten at epochs
-100 and 150 of 200. The risks in the log are those at the perturbed weights.
+perturbation is subtracted. Biases and BatchNorm's parameters stay. The first --warmup epochs, 10, are plain
+TRADES, so AWP acts from epoch 11 on (the public release starts in the 10th). The rate is divided by ten at
+epochs 100 and 150 of 200. The risks in the log are those at the perturbed weights.
 
 The release perturbs by way of a second network and an SGD step of it. The length of that step cancels in
 g/‖g‖, so the gradient alone does here. Cost, counted in passes (a forward is 1, a backward 1 to the input, 2

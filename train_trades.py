@@ -10,7 +10,7 @@ A row of the paper is a --width and a --beta (6, 12 or 18 in the figures) of one
     python train_trades.py --arch densenet --beta 18                # Table 2 and Fig. 9: DenseNet-BC-40-12
     python train_trades.py --width 10 --schedule step               # Fig. 2: the schedule of TRADES
 
-Loss: cross-entropy + β·KL(f(x) ‖ f(x̂)). x̂ comes from 10 steps of PGD on the same KL. Settings: App. B and C.
+Loss: cross-entropy + β·KL(f(x) ‖ f(x̂)). x̂ comes from 10 steps of PGD on that KL. Settings: App. B and C.
 
 A λ that follows the width by itself (the paper's width-adjusted regularization, `adjusted_beta` below):
 
@@ -67,8 +67,8 @@ def adjusted_beta(log, reference):
     The paper enlarges a wide network's λ so that natural risk over robust regularization stays what it was in
     a narrow one with a tuned λ, and leaves open how. Our reading: λ starts at the reference's. After each
     epoch it is multiplied by the square root of that epoch's ratio in the reference over our own. It stays
-    between the reference's λ and ten times that. (The ratio answers to λ with a power above 1, so that without
-    the root λ zigzags.) It depends on the two logs alone: a resumed run goes on as it would have.
+    between the reference's λ and ten times that. (The ratio answers to λ with a power above 1: without the
+    root λ zigzags.) It depends on the two logs alone: a resumed run goes on as it would have.
     """
     smallest = reference[0]["beta"]
     if not log:
@@ -91,7 +91,8 @@ def reference_log(args, data):
     free = {"arch", "depth", "width", "beta", "reference", "seed", "precision", *common.MAY_CHANGE}
     here = {**vars(args), "data": data.hash}
     differing = [f"--{name.replace('_', '-')} {settings.get(name)} there, {here.get(name)} here"
-                 for name in {**settings, **here} if name not in free and settings.get(name) != here.get(name)]
+                 for name in {**settings, **here}
+                 if name not in free and settings.get(name) != here.get(name)]
     if differing:
         raise UserError(f"--reference {args.reference} is another experiment: {'; '.join(differing)}")
     if len(log) < args.epochs:
