@@ -61,7 +61,7 @@ def arguments(argv):
         "proportion where ε is above 8/255 (0.5)")
     add("--eps", type=common.number(), help="radius, pixels in [0, 1]; 8/255 works; by default what training "
         "had, 8/255 for RobustBench's, else 0.031 (l2: 0.5)")
-    add("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
+    add("--norm", choices=("linf", "l2"), help="of the ball; by default what training had, else linf")
     add("--start", choices=("uniform", "gaussian", "none"), help="by default uniform, for fgsm none")
     add("--restarts", type=common.integer(), default=1, help="of attacks with a random start")
     add("--seed", type=common.integer(0), default=0, help="seeds the attacks")
@@ -85,7 +85,7 @@ def arguments(argv):
     if not (args.paths or args.plot):
         parser.error("give a PATH to evaluate, or --plot")
     for option, value in (("--eps", args.eps), ("--step-size", args.step_size)):
-        if args.norm == "linf" and value is not None and value > 1:
+        if args.norm != "l2" and value is not None and value > 1:
             parser.error(f"{option} {value:g}: pixels are in [0, 1]; {value:g}/255? or --norm l2")
     args.attack = [name for name in dict.fromkeys(args.attack) if name != "none"]
     args.normalize = args.normalize and mean_and_std(" ".join(args.normalize))
@@ -112,7 +112,7 @@ load_data = functools.lru_cache(maxsize=1)(common.load_data)  # runs to compare 
 
 
 def load(path, args, device):
-    """(model, Data, its ℓ∞ radius, facts for the rows) of a run folder or a checkpoint."""
+    """(model, Data, its training's ε, facts for the rows) of a run folder or a checkpoint."""
     file = Path(path)
     if file.is_dir():
         found = [file / f"{name}.pt" for name in (args.checkpoint, "last") if (file / f"{name}.pt").exists()]
@@ -125,8 +125,8 @@ def load(path, args, device):
         settings = {}  # no run of ours
     dataset = args.dataset or settings.get("dataset", "cifar10")
     data = load_data(dataset, args.data_dir, device)
-    trained_on = settings.get("data") if not settings.get("extra_data") else None  # its hash is of these, too
-    if dataset == settings.get("dataset") and trained_on not in (None, data.hash):
+    trained_on = (settings.get("data") or data.hash).partition("+")[0]  # after it, the hash of extra images
+    if dataset == settings.get("dataset") and trained_on != data.hash:
         common.warn(f"{file} was trained on another {dataset} than {args.data_dir} holds")
 
     own, others = common.parameters_of(saved)
@@ -136,6 +136,8 @@ def load(path, args, device):
         **network, activation=settings.get("activation", "relu"), init=None), data, device)
     parameters = model.state_dict().keys()
     normalize = args.normalize or statistics_in(saved, file, parameters)
+    if not (normalize or settings):
+        say(f"{file}: takes pixels in [0, 1]; a network trained on (x - mean)/std needs --normalize")
     common.load_weights(model, {name: value for name, value in (others | own).items()
                                 if name in parameters or not STATISTIC.search(name)}, file)
     if normalize:
@@ -145,10 +147,16 @@ def load(path, args, device):
     facts = {"checkpoint": str(file), "chosen": None, "epoch": None, "dataset": dataset, "data": data.hash,
              "normalize": normalize, **network}
     if settings:
-        scripts = [file.parent / f"{prefix}{settings['method']}.py" for prefix in ("train_", "")]
+        scripts = file.parent.glob("*.py") if file.with_name("args.json").exists() else ()
+        own = sorted(script for script in scripts if script.name != "common.py")
         facts |= {"chosen": file.stem if file.stem in ("best", "last") else None, "epoch": saved.get("epoch"),
                   "method": settings["method"], "beta": settings.get("beta"),
-                  "code": common.hashed(*(common.syntax(file) for file in scripts if file.exists()))}
+                  "code": common.hashed(*map(common.syntax, own))}
+        log = file.with_name("log.jsonl")
+        done = len(log.read_text().splitlines()) if facts["chosen"] and log.exists() else math.inf
+        if done < settings.get("epochs", 0):
+            common.warn(f"{file} is of an unfinished run, {done} of {settings['epochs']} epochs")
+            facts["unfinished"] = done
     without = {*facts, *common.MAY_CHANGE} - {"dataset", "data"}
     facts["settings"] = {name: value for name, value in settings.items()
                          if name not in without and value is not None and value is not False}
@@ -216,10 +224,11 @@ def load_zoo(path, args, device):
     package, dataset = optional("robustbench.utils", path, install), args.dataset or "cifar10"
     data = load_data(dataset, args.data_dir, device)
     try:
-        model = package.load_model(path.removeprefix(ZOO), dataset=dataset, threat_model=THREATS[args.norm])
+        norm = args.norm or "linf"
+        model = package.load_model(path.removeprefix(ZOO), dataset=dataset, threat_model=THREATS[norm])
     except Exception as error:  # unknown names, downloads and foreign checkpoints fail in many ways
         raise UserError(f"{path}: RobustBench has no such network for --dataset {dataset} and --norm "
-                        f"{args.norm}, or cannot load it: {error!r}") from None
+                        f"{norm}, or cannot load it: {error!r}") from None
     facts = {"checkpoint": path, "chosen": None, "epoch": None, "dataset": dataset, "data": data.hash,
              "normalize": None, "settings": {}}
     return model.to(device, memory_format=torch.channels_last), data, 8 / 255, facts
@@ -256,17 +265,19 @@ def evaluate(path, args, device):
         common.warn(f"{path} is of Fast AT on ImageNet, which its own script tests: left out")
         return
     model, data, radius, facts = (load_zoo if path.startswith(ZOO) else load)(path, args, device)
+    own = facts["settings"].get("norm", "linf")  # a fork's may be l2
+    norm, radii = args.norm or own, {"linf": 0.031, "l2": 0.5, own: radius}
     x, y = data.test(args.eval_size)
-    execution = argparse.Namespace(**vars(args))
+    execution = argparse.Namespace(**{**vars(args), "norm": norm})
     common.set_execution(execution, x[:args.batch_size], model)
-    eps = args.eps if args.eps is not None else {"linf": radius, "l2": 0.5}[args.norm]
+    eps = args.eps if args.eps is not None else radii[norm]
     facts, n = {"path": path, **facts, "seed": args.seed}, min(args.lipschitz_size, len(x))
     if n:
-        ball = common.report_attack(eps if args.norm == "linf" else radius)
+        ball = common.report_attack(eps if norm == "linf" else radii["linf"])
         some = common.in_order(x[:n], y[:n], args.batch_size)
         facts |= {"lipschitz_n": n, "local_lipschitzness": common.local_lipschitzness(model, some, ball)}
 
-    attacks, found = attacks_of(args, eps), []
+    attacks, found = attacks_of(execution, eps), []
     for attack in attacks + [attacks] * (len(attacks) > 1):
         began, precision = time.perf_counter(), execution.precision
         if attack is attacks:  # a point is stable if its prediction survives all of them
@@ -352,7 +363,7 @@ def across_seeds(row, *free):
     """`experiment` in any folder and of any seed. A row without settings is comparable to no other."""
     if not row["settings"]:
         return experiment(row)
-    epoch = ("epoch",) if row["chosen"] == "best" else ()  # else it must agree: a run may be unfinished
+    epoch = ("epoch",) if row["chosen"] == "best" else ()  # each has its own
     text = experiment(row, "path", "checkpoint", "training seed", *epoch, *free)
     return re.sub(r"seed\d+", "seed", text)  # of --reference: each seed has its own
 

@@ -106,13 +106,13 @@ def load_extra(path, data):
     """Extra training images and (pseudo-)labels, uint8 [M, 3, H, W] and int64 [M], on the device of `data`.
 
     FILE.npz holds `image`, uint8 [M, H, W, 3], and `label`. The images must be as large as those of `data`
-    and the labels among its classes, or UserError. `data.hash` stands for them, too, afterwards.
+    and the labels among its classes, or UserError. `data.hash` gets theirs after a +.
     """
     x, y = common.checked(*common.read_npz(path, "image", "label"), path, "image", "label")
     if x.shape[1:3] != data.x_train.shape[2:] or y.min() < 0 or y.max() >= data.classes:
         raise UserError(f"--extra-data {path} does not go with the data set: image {list(x.shape)}, "
                         f"label {y.min()}..{y.max()}")
-    data.hash = common.hashed(data.hash, x, y)
+    data.hash += f"+{common.hashed(x, y)}"
     return common.to_tensors(x, y, data.x_train.device)
 
 

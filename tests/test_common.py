@@ -451,6 +451,12 @@ def state_of(model):
     return flags, gradients, [tensor.tolist() for tensor in model.state_dict().values()]
 
 
+def test_an_l2_step_is_as_long_where_the_gradient_is_tiny():
+    x, attack = torch.full((2, 3, 2, 2), 0.5), Attack(norm="l2", eps=0.5, step_size=0.1, steps=1, start="none")
+    x_adv, largest = common.pgd(linear(12, 3), x, lambda logits: 1e-30 * logits[:, 0].sum(), attack)
+    assert ((x_adv - x).flatten(1).norm(dim=1) - 0.1).abs().max() < 1e-6 and 0 < largest.max() < 1e-28
+
+
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_pgd_keeps_its_promises_over_random_settings(dtype, rounding, norm):

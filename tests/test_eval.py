@@ -3,6 +3,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 from dataclasses import asdict
@@ -352,6 +353,41 @@ def test_data_other_than_those_of_training_are_pointed_out(folder, row, tmp_path
     assert "was trained on another toy" in capsys.readouterr().err and other["data"] != row["data"]
     run(folder, *QUICK)
     assert "another toy" not in capsys.readouterr().err
+    state = common.read_checkpoint(folder / "run" / "last.pt")
+    for trained_on, warned in (f"{row['data']}+abc", False), ("other+abc", True):  # with extra images
+        torch.save({**state, "args": {**state["args"], "data": trained_on}}, folder / "extra.pt")
+        run(folder, *QUICK, paths=("extra.pt",))
+        assert ("another toy" in capsys.readouterr().err) == warned
+
+
+def test_the_ball_is_that_of_training(folder):
+    state = common.read_checkpoint(folder / "run" / "last.pt")
+    torch.save({**state, "args": {**state["args"], "norm": "l2", "eps": 0.7}}, folder / "l2.pt")
+    for flags, norm, eps in ((), "l2", 0.7), (("--norm", "linf"), "linf", 0.031), (("--eps", 0.2), "l2", 0.2):
+        row, = run(folder, *QUICK, *flags, paths=("l2.pt",))
+        assert (row["attack"]["norm"], row["attack"]["eps"]) == (norm, eps)
+    row, = run(folder, *QUICK, "--norm", "l2")
+    assert (row["attack"]["norm"], row["attack"]["eps"]) == ("l2", 0.5)
+
+
+def test_a_published_network_is_said_to_take_plain_pixels(folder, capsys):
+    torch.save(common.read_checkpoint(folder / "run" / "last.pt")["model"], folder / "published.pt")
+    for path, flags, said in ("published.pt", (), True), ("published.pt", ("--normalize", "none"), False), (
+            "run", (), False):
+        run(folder, *QUICK, *flags, paths=(path,))
+        assert ("needs --normalize" in capsys.readouterr().out) == said
+
+
+def test_unfinished_runs_and_other_code_are_kept_apart(folder, tmp_path, capsys):
+    for name in "cut", "forked":
+        shutil.copytree(folder / "run", folder / name)
+    log = folder / "cut" / "log.jsonl"
+    log.write_text(log.read_text().splitlines(True)[0])
+    (folder / "forked" / "losses.py").write_text("factor = 2")
+    rows = run(folder, *QUICK, paths=("run", "cut", "forked"))
+    assert [merged["seeds"] for merged in evaluation.merge_seeds(rows)] == [1, 1, 1]
+    said = capsys.readouterr().err
+    assert said.count("unfinished run, 1 of 3 epochs") == 1 and said.count("unfinished") == 1
 
 
 class Harm:
