@@ -148,10 +148,10 @@ def load(path, args, device):
              "normalize": normalize, **network}
     if settings:
         scripts = file.parent.glob("*.py") if file.with_name("args.json").exists() else ()
-        own = sorted(script for script in scripts if script.name != "common.py")
+        scripts = sorted(script for script in scripts if script.name != "common.py")
         facts |= {"chosen": file.stem if file.stem in ("best", "last") else None, "epoch": saved.get("epoch"),
                   "method": settings["method"], "beta": settings.get("beta"),
-                  "code": common.hashed(*map(common.syntax, own))}
+                  "code": common.hashed(*map(common.syntax, scripts))}
         log = file.with_name("log.jsonl")
         done = len(log.read_text().splitlines()) if facts["chosen"] and log.exists() else math.inf
         if done < settings.get("epochs", 0):

@@ -378,7 +378,7 @@ def test_a_published_network_is_said_to_take_plain_pixels(folder, capsys):
         assert ("needs --normalize" in capsys.readouterr().out) == said
 
 
-def test_unfinished_runs_and_other_code_are_kept_apart(folder, tmp_path, capsys):
+def test_unfinished_runs_and_other_code_are_kept_apart(folder, capsys):
     for name in "cut", "forked":
         shutil.copytree(folder / "run", folder / name)
     log = folder / "cut" / "log.jsonl"
