@@ -290,6 +290,17 @@ def test_a_published_checkpoint_gives_its_logits(arch, depth, width, wrapped):
     torch.testing.assert_close(model(x), reference(arch, published, x, 2), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("arch, width", [("wrn", 0.5), ("preact", 0.125)])
+def test_narrow_networks_avoid_the_convolution_that_corrupts_memory(arch, width):
+    """oneDNN's issue 6035: 1×1, strided, of fewer than 16 channels (8 without AVX-512)."""
+    model = with_random_statistics(network(arch, 10, width)).double()
+    narrow = [m for m in model.modules()
+              if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 16]
+    assert narrow and all(m.stride == (1, 1) for m in narrow)
+    x = torch.rand(3, 3, 16, 16).double()
+    torch.testing.assert_close(model(x), reference(arch, model.state_dict(), x, 1), atol=1e-12, rtol=0)
+
+
 def test_a_checkpoint_of_another_network_is_refused():
     model, itself = network(), {}
     itself["model"] = itself
