@@ -954,7 +954,7 @@ def monitor_attack(eps, norm="linf"):
 
 
 def report_attack(eps, norm="linf"):
-    """PGD-20, step 0.003 (ℓ2: 0.2, ε/2.5, as strong as APGD there): the numbers that are reported."""
+    """PGD-20, step 0.003 (ℓ2: 0.2, ε/2.5): the numbers that are reported."""
     return Attack(norm=norm, eps=eps, step_size=step_for(eps, {"linf": 0.003, "l2": 0.2}[norm], norm))
 
 

@@ -13,12 +13,12 @@ a file that --json wrote, whose rows join. A published network is known by the n
 of TRADES, MART, AWP, RST and Fast AT (WideResNet, PreActResNet), or ours (DenseNet-BC). The last command has
 those networks of Fig. 6 that the paper's text names: HE, Pretrain and RST.
 
-natural accuracy P[f(x)=y]; robust accuracy P[f(x̂)=y]; stability P[f(x̂)=f(x)]. x̂ is the last iterate of an
-attack, the worst over --restarts. AutoAttack attacks f(x) in place of y, and so counts what is stable. Of two
-attacks or more a last row has the worst, image by image. Local Lipschitzness is over the ℓ∞ ball.
+natural accuracy P[f(x)=y]; robust accuracy P[f(x)=f(x̂)=y]; stability P[f(x)=f(x̂)]. x̂ is the last iterate of
+an attack, the worst over --restarts. AutoAttack attacks f(x) in place of y, and so counts what is stable. Of
+two attacks or more a last row has the worst, image by image. Local Lipschitzness is over the ℓ∞ ball.
 
 ± is a 95 % interval: over images for one run (Wilson), over seeds for three or more (Student). Two seeds have
-none. --merge-seeds averages runs that agree in settings, script, data and attack, and differ in their seed.
+none. --merge-seeds averages runs that agree in settings, code, data and attack, and differ in their seed.
 """
 import argparse
 import functools
@@ -147,13 +147,17 @@ def load(path, args, device):
     facts = {"checkpoint": str(file), "chosen": None, "epoch": None, "dataset": dataset, "data": data.hash,
              "normalize": normalize, **network}
     if settings:
-        scripts = file.parent.glob("*.py") if file.with_name("args.json").exists() else ()
-        scripts = sorted(script for script in scripts if script.name != "common.py")
+        scripts = sorted(file.parent.glob("*.py")) if file.with_name("args.json").exists() else ()
+        if scripts and not common.same_code(Path(common.__file__), file.with_name("common.py")):
+            common.warn("common.py has changed since some of these networks were trained: today's evaluates them")
         facts |= {"chosen": file.stem if file.stem in ("best", "last") else None, "epoch": saved.get("epoch"),
                   "method": settings["method"], "beta": settings.get("beta"),
                   "code": common.hashed(*map(common.syntax, scripts))}
-        log = file.with_name("log.jsonl")
-        done = len(log.read_text().splitlines()) if facts["chosen"] and log.exists() else math.inf
+        log, done = file.with_name("log.jsonl"), math.inf
+        if facts["chosen"] == "last":
+            done = saved.get("epoch", done)
+        elif facts["chosen"] and log.exists():
+            done = len(log.read_text().splitlines())
         if done < settings.get("epochs", 0):
             common.warn(f"{file} is of an unfinished run, {done} of {settings['epochs']} epochs")
             facts["unfinished"] = done
@@ -372,7 +376,10 @@ def merge_seeds(rows):
     """One row for all that differ in their seed alone: means, Student's intervals, the number of "seeds"."""
     groups, merged = {}, []
     for row in rows:
-        groups.setdefault(across_seeds(row), {})[row["settings"].get("seed")] = row
+        group, seed = groups.setdefault(across_seeds(row), {}), row["settings"].get("seed")
+        if seed in group:
+            common.warn(f"{row['path']} takes the place of {group[seed]['path']}, a run of the same seed")
+        group[seed] = row
     for first, *others in (group.values() for group in groups.values()):
         n, path = 1 + len(others), os.path.commonprefix([row["path"] for row in (first, *others)]) + "*"
         merged.append({**first, "seeds": n})
@@ -402,6 +409,7 @@ def table(rows):
         chosen = f"best on {'validation' if row['settings'].get('val_size') else 'test'} images"
         normalize = " ".join(f"{number:g}" for part in row["normalize"] or () for number in part)
         return {"model": row["path"], "checkpoint": chosen if row["chosen"] == "best" else row["chosen"],
+                "epochs so far": row.get("unfinished"),
                 "data": f"{row['dataset']} ({row['data'][:6]})", "normalized by": normalize,
                 "attack": title(row["attack"]) + (f", seed {row['seed']}" if row["seed"] else ""),
                 "precision": row["precision"], "images": row["n"], "seeds": row.get("seeds")}

@@ -65,10 +65,10 @@ def adjusted_beta(log, reference):
     """Width-adjusted regularization: the λ of the epoch after `log`, given the `reference` run's log.
 
     The paper enlarges a wide network's λ so that natural risk over robust regularization stays what it was in
-    a narrow one with a tuned λ, and leaves open how. Our reading: λ starts at the reference's. After each
-    epoch it is multiplied by the square root of that epoch's ratio in the reference over our own. It stays
-    between the reference's λ and ten times that. (The ratio answers to λ with a power above 1: without the
-    root λ zigzags.) It depends on the two logs alone: a resumed run goes on as it would have.
+    a narrow one with a tuned λ. Its Algorithm 1 was not at hand. Our reading: λ starts at the reference's.
+    After each epoch it is multiplied by the square root of that epoch's ratio in the reference over our own.
+    It stays between the reference's λ and ten times that. (The ratio answers to λ with a power above 1:
+    without the root λ zigzags.) It depends on the two logs alone: a resumed run goes on as it would have.
     """
     smallest = reference[0]["beta"]
     if not log:

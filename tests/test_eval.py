@@ -379,15 +379,31 @@ def test_a_published_network_is_said_to_take_plain_pixels(folder, capsys):
 
 
 def test_unfinished_runs_and_other_code_are_kept_apart(folder, capsys):
-    for name in "cut", "forked":
+    for name in "cut", "short", "forked", "edited":
         shutil.copytree(folder / "run", folder / name)
     log = folder / "cut" / "log.jsonl"
     log.write_text(log.read_text().splitlines(True)[0])
+    (folder / "short" / "log.jsonl").unlink()
+    torch.save({**torch.load(folder / "short" / "last.pt"), "epoch": 2}, folder / "short" / "last.pt")
     (folder / "forked" / "losses.py").write_text("factor = 2")
-    rows = run(folder, *QUICK, paths=("run", "cut", "forked"))
-    assert [merged["seeds"] for merged in evaluation.merge_seeds(rows)] == [1, 1, 1]
+    (folder / "edited" / "common.py").write_text("factor = 2")
+    rows = run(folder, *QUICK, "--checkpoint", "last", paths=("run", "short", "forked", "edited"))
+    rows += run(folder, *QUICK, paths=("cut",))
+    assert [merged["seeds"] for merged in evaluation.merge_seeds(rows)] == [1] * 5
     said = capsys.readouterr().err
-    assert said.count("unfinished run, 1 of 3 epochs") == 1 and said.count("unfinished") == 1
+    assert all(said.count(f"unfinished run, {done} of 3 epochs") == 1 for done in (1, 2))
+    assert said.count("unfinished") == 2
+    assert said.count("common.py has changed") == 1
+    lines = [[cell.strip() for cell in line.split("|")] for line in evaluation.table(rows).splitlines()[2:]]
+    column = lines[0].index("epochs so far")
+    assert [line[column] for line in lines[2:]] == ["", "2", "", "", "1"]
+
+
+def test_a_run_that_replaces_another_of_its_seed_is_named(folder, capsys):
+    shutil.copytree(folder / "run", folder / "twin")
+    merged, = evaluation.merge_seeds(run(folder, *QUICK, paths=("run", "twin")))
+    assert merged["seeds"] == 1
+    assert "twin takes the place of" in capsys.readouterr().err
 
 
 class Harm:
