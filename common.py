@@ -221,6 +221,7 @@ def crop_flip(images, top, left, flip, padding=4):
 def batches(data, batch_size, flip=True, extra=None, fraction=0.5):
     """One epoch as (float32 images in [0, 1], labels), shuffled, cropped and mirrored at random.
 
+    A crop's zero padding is an eighth of the side, rounded up: 4 at 32 pixels, as published.
     All batches have the same size, so that compiled code sees one shape. What is left over after the last
     full batch is dropped, other images each epoch. With `extra` = (images, labels) a share `fraction` of each
     batch comes from there. An epoch is as many batches as the labelled images alone make. Nothing here waits
@@ -237,11 +238,12 @@ def batches(data, batch_size, flip=True, extra=None, fraction=0.5):
         orders = [torch.randperm(n, device=device) for _ in range(1 + steps * share // n)]
         return own_share(torch.cat(orders)[:steps * share].view(steps, share))
 
-    orders = [draw(len(x), share) for x, _, share in sources]
+    orders, padding = [draw(len(x), share) for x, _, share in sources], -(-data.x_train.shape[2] // 8)
     for rows in zip(*orders):
         x, y = (torch.cat([source[i][row] for source, row in zip(sources, rows)]) for i in (0, 1))
-        top, left = torch.randint(0, 9, (2, len(x)), device=device)
-        yield to_float(crop_flip(x, top, left, torch.rand(len(x), device=device) < 0.5 * flip)), y
+        top, left = torch.randint(0, 2 * padding + 1, (2, len(x)), device=device)
+        mirrored = torch.rand(len(x), device=device) < 0.5 * flip
+        yield to_float(crop_flip(x, top, left, mirrored, padding)), y
 
 
 def in_order(x, y, batch_size):
