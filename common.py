@@ -6,16 +6,15 @@ file for all else. Images are [N, 3, H, W]: uint8 while stored on the device, fl
 import argparse
 import ast
 import contextlib
-import copy
 import datetime
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -33,18 +32,12 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 
 class UserError(Exception):
     """A mistake that a user can make. `launch` prints it as one line and ends with exit status 2."""
 
 
 # ------------------------------------------------------------------------------------------------------- data
-
 
 @dataclass
 class Data:
@@ -57,69 +50,62 @@ class Data:
     hash: str
     x_val: torch.Tensor = None  # with --val-size: held out of the training images
     y_val: torch.Tensor = None
+    extra: int = 0              # so many of the training images, the last ones, are extra (--extra-data)
 
     def __len__(self):
-        return len(self.x_train)
+        return len(self.x_train) - self.extra
 
     def test(self, n=None):
         """(x, y) of n random test images, the same ones in every run. All of them in order if n is None."""
-        if n is None:
-            return self.x_test, self.y_test
-        some = torch.randperm(len(self.x_test), generator=torch.Generator().manual_seed(0))[:n]
+        seeded = torch.Generator().manual_seed(0)
+        some = torch.randperm(len(self.x_test), generator=seeded)[:n] if n else slice(None)
         return self.x_test[some], self.y_test[some]
 
 
 def load_data(name, data_dir, device, train_size=None, seed=0, val_size=0):
-    """The data set `name` as a `Data` on `device`.
+    """The data set `name` as a `Data` on `device`, or UserError.
 
-    Reads DATA_DIR/NAME.npz if it is there: x_train, y_train, x_test, y_test, as Keras lays them out. Images
-    are uint8 [N, H, W, 3], or gray [N, H, W]. Else torchvision reads or downloads "cifar10" and "cifar100",
-    and "synthetic" is generated. `val_size` random training images are held out and `train_size` others kept
-    (None: all). Which ones follows from `seed`. Raises UserError.
+    From DATA_DIR/NAME.npz if it is there: x_train, y_train, x_test, y_test, images uint8 [N, H, W, 3] or gray
+    [N, H, W]. Else torchvision reads or downloads "cifar10" and "cifar100", and "synthetic" is generated.
+    `val_size` random training images are held out, `train_size` others kept (None: all), drawn with `seed`.
     """
     path = Path(data_dir).expanduser() / f"{name}.npz"
     if path.exists():
-        arrays, source = read_npz(path, "x_train", "y_train", "x_test", "y_test"), str(path)
+        arrays = read_npz(path, "x_train", "y_train", "x_test", "y_test")
     elif name == "synthetic":
-        arrays, source = synthetic(), "synthetic"
+        arrays = synthetic()
     elif name in ("cifar10", "cifar100"):
-        arrays, source = _torchvision_cifar(name, path), str(data_dir)
+        arrays = _torchvision_cifar(name, path)
     else:
         raise UserError(f"no data set {name!r}: {path} is missing; built in: cifar10, cifar100, synthetic")
-    x_train, y_train, x_test, y_test = arrays
-    x_train, y_train = checked(x_train, y_train, source, "x_train", "y_train")
-    x_test, y_test = checked(x_test, y_test, source, "x_test", "y_test")
+    x_train, y_train = checked(*arrays[:2], path, "x_train", "y_train")
+    x_test, y_test = checked(*arrays[2:], path, "x_test", "y_test")
     if x_train.shape[1:] != x_test.shape[1:]:
-        raise UserError(f"{source}: training and test images differ in size")
-    classes = int(y_train.max()) + 1
-    odd = {*y_train.tolist()} ^ {*range(classes)} | {*y_test.tolist()} - {*y_train.tolist()}
-    if odd:
-        raise UserError(f"{source}: labels must be 0..{classes - 1}, each on some training image; "
+        raise UserError(f"{path}: training and test images differ in size")
+    labels = {*y_train.tolist()}
+    if odd := labels ^ {*range(len(labels))} | {*y_test.tolist()} - labels:
+        raise UserError(f"{path}: labels must be 0..{len(labels) - 1}, each on some training image; "
                         f"that fails for {', '.join(map(str, sorted(odd)[:10]))}")
-    digest = hashed(x_train, y_train, x_test, y_test)
-    held_out = None, None
+    n = len(x_train)
+    kept, order = train_size or n - val_size, np.arange(n)
+    if not 1 <= kept <= n - val_size:
+        raise UserError(f"--train-size {train_size} and --val-size {val_size}: "
+                        f"{path} has {n} training images")
     if train_size or val_size:
-        kept = train_size or max(len(x_train) - val_size, 1)
-        if kept + val_size > len(x_train):
-            raise UserError(f"--train-size {kept} and --val-size {val_size}: "
-                            f"{source} has {len(x_train)} training images")
-        order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(seed)).numpy()
-        if val_size:
-            held_out = to_tensors(x_train[order[-val_size:]], y_train[order[-val_size:]], device)
-        x_train, y_train = x_train[order[:kept]], y_train[order[:kept]]
-    return Data(*to_tensors(x_train, y_train, device), *to_tensors(x_test, y_test, device), classes, digest,
-                *held_out)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
+    train, val = order[:kept], order[n - val_size:]
+    return Data(*to_tensors(x_train[train], y_train[train], device), *to_tensors(x_test, y_test, device),
+                len(labels), hashed(x_train, y_train, x_test, y_test),
+                *to_tensors(x_train[val], y_train[val], device))
 
 
 def checked(x, y, source, x_name, y_name):
     """Arrays as uint8 [N, H, W, 3] (gray becomes three equal channels) and integers [N], or UserError."""
     if x.ndim == 3 or x.ndim == 4 and x.shape[3] == 1:
         x = np.repeat(x.reshape(*x.shape[:3], 1), 3, axis=3)
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or len(x) == 0:
-        raise UserError(f"{source}: {x_name} must be uint8 [N, H, W, 3] or gray [N, H, W], "
-                        f"not {x.dtype} {list(x.shape)}")
-    if x.max() <= 1:
-        raise UserError(f"{source}: {x_name} has no pixel above 1; pixels must be 0..255")
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or len(x) == 0 or x.max() <= 1:
+        raise UserError(f"{source}: {x_name} must be pixels from 0 to 255, uint8 [N, H, W, 3] or gray "
+                        f"[N, H, W], not {x.dtype} {list(x.shape)} up to {x.max(initial=0)}")
     y = y[:, 0] if y.shape == (len(x), 1) else y  # Keras keeps CIFAR's labels as a column
     if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
         raise UserError(f"{source}: {y_name} must be {len(x)} integers, not {y.dtype} {list(y.shape)}")
@@ -133,10 +119,10 @@ def to_tensors(x, y, device):
 
 
 def hashed(*parts):
-    """16 hexadecimal digits that stand for arrays and strings."""
+    """16 hexadecimal digits that stand for arrays, bytes and strings."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).data)
+        digest.update(np.ascontiguousarray(part))
     return digest.hexdigest()[:16]
 
 
@@ -145,41 +131,31 @@ def read_npz(path, *names):
     try:
         with np.load(Path(path).expanduser(), allow_pickle=False) as file:
             return [file[name] for name in names]
-    except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]}; it needs {', '.join(names)}") from None
     except Exception as error:  # truncated and foreign files fail in many ways, from zipfile, zlib or numpy
-        raise UserError(f"{path} cannot be read as a NumPy .npz file: {error}") from None
+        raise UserError(f"{path} cannot be read as an .npz of {', '.join(names)}: {error}") from None
 
 
 def _torchvision_cifar(name, npz):
     from torchvision import datasets
 
-    dataset, folder = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name], npz.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder, wait=True)  # one process downloads, the others wait for it
+    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
-        splits = [dataset(str(folder), train=train, download=True) for train in (True, False)]
+        if RANK == 0:
+            dataset(npz.parent, download=True)
+        wait_for_all()
+        splits = [dataset(npz.parent, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, no space, a broken archive: urllib, OSError or RuntimeError
-        batches = folder / dataset.base_folder
-        found = f"no {npz} or {batches}"
-        if batches.exists():
-            found = f"{batches} has not the files that torchvision expects, by their checksums"
-        elif (folder / dataset.meta["filename"]).exists():
-            found = f"--data-dir must be the folder above, {folder.resolve().parent}"
-        raise UserError(f"{found}; the download failed ({error}); --dataset synthetic needs none") from None
-    finally:
-        if held:
-            held.close()
+        raise UserError(f"no {npz}, and torchvision neither found nor downloaded {name} in {npz.parent} "
+                        f"({error}); --dataset synthetic needs no download") from None
     return [array for split in splits for array in (split.data, np.array(split.targets))]
 
 
 def synthetic(n_train=5000, n_test=500, seed=0):
     """Ten classes of 16×16 images: a bold cue that is often right, a faint one that is (Tsipras et al. 2019).
 
-    On dark grey noise (0.1 ± 0.02) lie a square of one of ten colours, amplitude 0.25, that shows the class
-    80 % of the time and a random one else, and a class texture of amplitude 0.03, fainter than ε = 0.031 and
-    always right. Plain training lives on the texture and is not robust at all. The larger β, the more a
-    network relies on the square. Returns x_train, y_train, x_test, y_test as an .npz has them.
+    On grey noise lie a square, whose colour shows the class 80 % of the time and a random one else, and a
+    class texture, always right and fainter than ε = 0.031. Plain training lives on the texture. The larger β,
+    the more a network relies on the square. Returns x_train, y_train, x_test, y_test as an .npz has them.
     """
     rng = np.random.default_rng(seed)
     colours = np.stack(np.meshgrid(*[[0, 0.5, 1]] * 3), -1).reshape(27, 3)
@@ -218,32 +194,29 @@ def crop_flip(images, top, left, flip, padding=4):
     return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def batches(data, batch_size, flip=True, extra=None, fraction=0.5):
+def batches(data, batch_size, flip=True, extra_fraction=0.5):
     """One epoch as (float32 images in [0, 1], labels), shuffled, cropped and mirrored at random.
 
     A crop's zero padding is an eighth of the side, rounded up: 4 at 32 pixels, as published.
-    All batches have the same size, so that compiled code sees one shape. What is left over after the last
-    full batch is dropped, other images each epoch. With `extra` = (images, labels) a share `fraction` of each
-    batch comes from there. An epoch is as many batches as the labelled images alone make. Nothing here waits
-    for the device. (RST's release draws extra images with replacement. Here all come before one comes again.)
+    All batches have the same size: what is left over is dropped, other images each epoch. If there are extra
+    images, a share `extra_fraction` of each batch comes from these, and all come before one comes again. An
+    epoch is as many batches as the others alone make. Nothing here waits for the device.
     """
-    sources, device = [(data.x_train, data.y_train, batch_size)], data.x_train.device
-    if extra:
-        n = round(fraction * batch_size)
-        sources = [(data.x_train, data.y_train, batch_size - n), (*extra, n)]
-    steps = max(len(data) // batch_size, 1)
+    n, device, extra = len(data), data.x_train.device, round(extra_fraction * batch_size) * bool(data.extra)
+    steps = max(n // batch_size, 1)
 
-    def draw(n, share):  # [steps, share] indices of n images
+    def draw(n, share):  # [steps, share] numbers below n
         share = min(share, n) if steps == 1 else share  # fewer images than a batch
-        orders = [torch.randperm(n, device=device) for _ in range(1 + steps * share // n)]
-        return own_share(torch.cat(orders)[:steps * share].view(steps, share))
+        orders = [shared_order(n, device) for _ in range(1 + steps * share // n)]
+        return torch.cat(orders)[:steps * share].view(steps, share)
 
-    orders, padding = [draw(len(x), share) for x, _, share in sources], -(-data.x_train.shape[2] // 8)
-    for rows in zip(*orders):
-        x, y = (torch.cat([source[i][row] for source, row in zip(sources, rows)]) for i in (0, 1))
-        top, left = torch.randint(0, 2 * padding + 1, (2, len(x)), device=device)
-        mirrored = torch.rand(len(x), device=device) < 0.5 * flip
-        yield to_float(crop_flip(x, top, left, mirrored, padding)), y
+    rows, padding = draw(n, batch_size - extra), math.ceil(data.x_train.shape[2] / 8)
+    if extra:
+        rows = torch.cat([rows, n + draw(data.extra, extra)], 1)
+    for row in rows[:, RANK::WORLD]:  # this process's share
+        top, left = torch.randint(0, 2 * padding + 1, (2, len(row)), device=device)
+        flipped = torch.rand(len(row), device=device) < 0.5 * flip
+        yield to_float(crop_flip(data.x_train[row], top, left, flipped, padding)), data.y_train[row]
 
 
 def in_order(x, y, batch_size):
@@ -253,7 +226,6 @@ def in_order(x, y, batch_size):
 
 
 # --------------------------------------------------------------------------------------------------- networks
-
 
 ACTIVATIONS = {"relu": functools.partial(F.relu, inplace=True), "silu": F.silu}  # --activation
 
@@ -268,18 +240,22 @@ class _Block(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.projection = shortcut if inputs != outputs else None
-        # Of fewer than 16 channels, oneDNN's strided 1×1 convolution writes past its memory (its issue 6035).
-        self.every = stride if inputs < 16 else 1
-        if self.projection:
-            conv = nn.Conv2d(inputs, outputs, 1, stride // self.every, bias=False)
+        self.stride, self.projection = stride, shortcut if inputs != outputs else None
+        if self.projection:  # not strided: of few channels, oneDNN writes past its memory (its issue 6035)
+            conv = nn.Conv2d(inputs, outputs, 1, bias=False)
             self.add_module(shortcut, nn.Sequential(conv) if shortcut == "shortcut" else conv)
 
     def forward(self, x):
         out = self.act(self.bn1(x))
-        n = self.every
-        shortcut = getattr(self, self.projection)(out[:, :, ::n, ::n]) if self.projection else x
-        return shortcut + self.conv2(self.act(self.bn2(self.conv1(out))))
+        if self.projection:
+            x = getattr(self, self.projection)(out[:, :, ::self.stride, ::self.stride])
+        return x + self.conv2(self.act(self.bn2(self.conv1(out))))
+
+
+def _blocks(n, inputs, outputs, stride, activation, shortcut):
+    """n blocks in a row. The first one changes the channels and strides."""
+    first = _Block(inputs, outputs, stride, activation, shortcut)
+    return nn.Sequential(first, *(_Block(outputs, outputs, 1, activation, shortcut) for _ in range(n - 1)))
 
 
 class _DenseLayer(nn.Module):
@@ -299,6 +275,8 @@ class _DenseLayer(nn.Module):
 
 
 class _Transition(nn.Module):
+    """Between two stages of a DenseNet-BC: other channels, half the height and width."""
+
     def __init__(self, inputs, outputs, activation):
         super().__init__()
         self.act = ACTIVATIONS[activation]
@@ -310,9 +288,11 @@ class _Transition(nn.Module):
 
 
 class _Stage(nn.Module):
+    """A sequence of layers by the name that the releases give it: block1.layer.0, ..."""
+
     def __init__(self, layers):
         super().__init__()
-        self.layer = nn.Sequential(*layers)
+        self.layer = layers
 
     def forward(self, x):
         return self.layer(x)
@@ -351,16 +331,15 @@ class WideResNet(Network):
 
     def __init__(self, depth, width, classes, activation="relu"):
         super().__init__()
-        self.act, n = ACTIVATIONS[activation], _layers_per_stage(depth)
-        channels = [16, *(round(c * width) for c in (16, 32, 64))]
-        self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-        for i, stride in enumerate((1, 2, 2)):
-            widths = [channels[i]] + [channels[i + 1]] * n
-            self.add_module(f"block{i + 1}", _Stage(
-                _Block(widths[j], widths[j + 1], 1 if j else stride, activation, "convShortcut")
-                for j in range(n)))
-        self.bn1 = nn.BatchNorm2d(channels[3])
-        self.fc = nn.Linear(channels[3], classes)
+        a, b, c = (round(channels * width) for channels in (16, 32, 64))
+        n, how = _layers_per_stage(depth), (activation, "convShortcut")
+        self.act = ACTIVATIONS[activation]
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.block1 = _Stage(_blocks(n, 16, a, 1, *how))
+        self.block2 = _Stage(_blocks(n, a, b, 2, *how))
+        self.block3 = _Stage(_blocks(n, b, c, 2, *how))
+        self.bn1 = nn.BatchNorm2d(c)
+        self.fc = nn.Linear(c, classes)
         self.initialize()
 
     def features(self, x):
@@ -379,8 +358,8 @@ class DenseNet(Network):
         self.act, n, channels = ACTIVATIONS[activation], _layers_per_stage(depth), 2 * width
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         for i in (1, 2, 3):
-            self.add_module(f"block{i}", _Stage(
-                _DenseLayer(channels + j * width, width, activation) for j in range(n)))
+            layers = (_DenseLayer(channels + j * width, width, activation) for j in range(n))
+            self.add_module(f"block{i}", _Stage(nn.Sequential(*layers)))
             channels += n * width
             if i < 3:
                 self.add_module(f"trans{i}", _Transition(channels, channels // 2, activation))
@@ -403,16 +382,16 @@ class PreActResNet(Network):
         super().__init__()
         if depth not in (10, 18):
             raise UserError(f"--depth {depth}: a PreActResNet has 18 layers, or 10")
-        self.act, n = ACTIVATIONS[activation], depth // 8
-        channels = [round(c * width) for c in (64, 64, 128, 256, 512)]
-        self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-        for i, stride in enumerate((1, 2, 2, 2)):
-            widths = [channels[i]] + [channels[i + 1]] * n
-            self.add_module(f"layer{i + 1}", nn.Sequential(*(
-                _Block(widths[j], widths[j + 1], 1 if j else stride, activation, "shortcut")
-                for j in range(n))))
-        self.bn = nn.BatchNorm2d(channels[4])
-        self.linear = nn.Linear(channels[4], classes)
+        a, b, c, d = (round(channels * width) for channels in (64, 128, 256, 512))
+        n, how = depth // 8, (activation, "shortcut")
+        self.act = ACTIVATIONS[activation]
+        self.conv1 = nn.Conv2d(3, a, 3, padding=1, bias=False)
+        self.layer1 = _blocks(n, a, a, 1, *how)
+        self.layer2 = _blocks(n, a, b, 2, *how)
+        self.layer3 = _blocks(n, b, c, 2, *how)
+        self.layer4 = _blocks(n, c, d, 2, *how)
+        self.bn = nn.BatchNorm2d(d)
+        self.linear = nn.Linear(d, classes)
         self.initialize()
 
     def features(self, x):
@@ -440,17 +419,16 @@ def build_model(args, data, device):
 def parameters_of(checkpoint):
     """(parameters, other tensors among them) of a checkpoint of ours, a published one, or a state_dict.
 
-    Without the prefix that wrappers leave, whatever it is (`module.`, `_orig_mod.`, ...): it is what stands
-    before the first convolution's name. ({}, {}) if there are none.
+    Names lose the prefix of wrappers (`module.`, `_orig_mod.`, ...): what stands before the first "conv1".
     """
     for _ in range(9):  # wrappers lie in wrappers; a dict may even hold itself
         inner = [checkpoint[key] for key in ("state_dict", "model_state_dict", "net", "model")
                  if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)]
         checkpoint = inner[0] if inner else checkpoint
-    state = checkpoint if isinstance(checkpoint, dict) else {}
-    names = [name for name in map(str, state) if f".{name}".endswith(".conv1.weight")]
-    prefix = min(names, key=len).removesuffix("conv1.weight") if names else ""
-    state = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    items = checkpoint.items() if isinstance(checkpoint, dict) else ()
+    state = {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
+    first = min((name for name in state if f".{name}".endswith(".conv1.weight")), key=len, default="")
+    prefix = first.removesuffix("conv1.weight")
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     return own, {name: value for name, value in state.items() if not name.startswith(prefix)}
 
@@ -458,82 +436,69 @@ def parameters_of(checkpoint):
 def load_weights(model, checkpoint, source, new_classifier=False):
     """Load the `parameters_of` a checkpoint; UserError if they are another network's or not finite.
 
-    The unused `sub_block1.*` of the TRADES networks are dropped. With `new_classifier` a classifier of other
-    classes is left as it was initialized, which is said in one line.
+    With `new_classifier`, where the numbers of classes differ, the model keeps its own and says so.
     """
-    state, others = parameters_of(checkpoint)
-    state = {name: value for name, value in (others | state).items()
-             if not name.startswith("sub_block1.") and not name.endswith("n_averaged")}
+    found, others = parameters_of(checkpoint)
+    state = {name: value for name, value in (others | found).items()
+             if not name.startswith("sub_block1.") and not name.endswith("n_averaged")}  # unused, of TRADES
     own = model.state_dict()
-    classifier = [f"{getattr(model, 'classifier', '')}.{part}" for part in ("weight", "bias")]
-    before, now = (part[classifier[1]].numel() if classifier[1] in part else None for part in (state, own))
-    anew = new_classifier and before != now and {*classifier} <= {*state} & {*own}
-    if anew:
-        state |= {name: own[name] for name in classifier}
-    wrong = [name for name in own if not name.endswith("num_batches_tracked")
-             and (name not in state or state[name].shape != own[name].shape)]
-    wrong += [name for name in state if name not in own]
+    weight, bias = (f"{getattr(model, 'classifier', '')}.{part}" for part in ("weight", "bias"))
+    if new_classifier and {weight, bias} <= state.keys() & own.keys():
+        before, now = state[bias].numel(), own[bias].numel()
+        if before != now:
+            say(f"{source} has {before} classes, this data set {now}: a new classifier")
+            state |= {name: own[name] for name in (weight, bias)}
+    wrong = [name for name in own | state if not name.endswith("num_batches_tracked")
+             and (name not in own or name not in state or state[name].shape != own[name].shape)]
     if wrong:
         raise UserError(f"{source} holds another network: {len(wrong)} parameters are missing, unknown or of "
                         f"another shape, {wrong[0]} first; check architecture, depth, width and classes")
+    if bad := not_finite(state):
+        raise UserError(f"{source}: {bad[0]} is not finite")
     model.load_state_dict(state, strict=False)
-    for name in not_finite(model):
-        raise UserError(f"{source}: {name} is not finite")
-    if anew:
-        say(f"{source} has {before} classes, this data set {now}: the classifier starts anew")
 
 
 def sgd(model, lr, weight_decay, nesterov=False, decay_norms=True):
     """SGD with momentum 0.9; without `decay_norms`, BatchNorm's parameters are free of the weight decay."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    free = {p for module in norms for p in module.parameters()} if not decay_norms else set()
+    free = set() if decay_norms else {parameter for norm in norms for parameter in norm.parameters()}
     groups = [{"params": [p for p in model.parameters() if p not in free]}]
-    if free:
-        groups.append({"params": [p for p in model.parameters() if p in free], "weight_decay": 0})
+    groups += [{"params": [p for p in model.parameters() if p in free], "weight_decay": 0}] * bool(free)
     return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 
 # -------------------------------------------------------------------------------------------------- execution
 
-
 def pick_device(name):
-    """"auto" → CUDA if there is one, else the CPU; UserError if the device asked for is not there."""
+    """The device of this name; "auto" → CUDA if there is one, else the CPU. UserError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("cpu and cuda are supported")
-        torch.empty(1, device=device)
+        assert name.partition(":")[0] in ("cpu", "cuda"), "cpu and cuda are supported"
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: no such device here ({str(error).splitlines()[0]})") from None
-    return device
 
 
 def set_execution(args, images, *models):
-    """Decide how the models run, in place: args.precision and args.compile, "auto" resolved.
+    """Let models run as args.precision and args.compile say. args.precision "auto" becomes what is found.
 
-    bf16 on CUDA. On a CPU whatever precision is faster for the first model on `images`, uint8 on the device.
-    "fp32" without compilation is the exact reference: no TF32. `models` lie on the device already.
+    That is bf16 on CUDA, and on a CPU whatever is faster for the first model on `images`, uint8 [N, 3, H, W].
+    These and the models are on one device already. fp32 without compilation is the exact reference: no TF32.
+    UserError: bf16 for a module that is no `Network`, or no C compiler.
     """
-    device, model = images.device, models[0]
+    device = images.device
     aware = [part for model in models for part in model.modules() if hasattr(part, "precision")]
-    if args.precision == "auto":
-        if not aware:
-            args.precision = "fp32"
-        elif device.type == "cuda":
-            args.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-        else:
-            args.precision = faster_precision(model, aware, images)
     if args.precision == "bf16" and not aware:
-        raise UserError(f"--precision bf16: {type(model).__name__} knows fp32 alone, being no Network")
+        raise UserError(f"--precision bf16: {type(models[0]).__name__} knows fp32 alone, being no Network")
+    if args.precision == "auto":
+        fast = aware and (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                          else bf16_is_faster(models[0], images))
+        args.precision = "bf16" if fast else "fp32"
     for part in aware:
         part.precision = args.precision
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 10
-        torch.set_float32_matmul_precision("highest")
-        warnings.filterwarnings("ignore", message=".*(TensorFloat32|TF32)")  # advice that we must not take
-        torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+    warnings.filterwarnings("ignore", message=".*(TensorFloat32|TF32)")  # advice that we must not take
     compiled = device.type == "cuda" if args.compile == "auto" else args.compile == "on"
     if compiled:
         if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
@@ -541,148 +506,134 @@ def set_execution(args, images, *models):
         torch.compiler.reset()  # makes room: few graphs are kept for all the networks of a process together
         for model in models:
             model.compile(dynamic=False)
-    say(f"{args.precision}, channels_last, "
-        f"{'compiled in the first steps, which takes a minute or so' if compiled else 'eager'}")
+    how = "compiled in the first steps, which takes a minute or so" if compiled else "eager"
+    say(f"{args.precision} on {device}, {how}")
 
 
-def faster_precision(model, aware, images, budget=0.1):
-    """"fp32" or "bf16", whichever does an attack step sooner: best of three in turns, fp32 first.
+def bf16_is_faster(model, images):
+    """Is an attack step sooner in bf16 than in fp32? Best of three in turns, on up to 128 images.
 
-    On as many of `images` as fp32 handles in about `budget` seconds: a slow machine does not wait long.
+    On fewer where they take fp32 over 0.1 s: a slow machine does not wait long.
     """
     def seconds(precision, n):
-        for part in aware:
-            part.precision = precision
-        began = time.perf_counter()
-        pgd(model, to_float(images[:n]), torch.sum, Attack(eps=0.0, steps=1))
-        return time.perf_counter() - began
+        with _set(model.modules(), "precision", precision):
+            began = time.perf_counter()
+            pgd(model, to_float(images[:n]), torch.sum, Attack(eps=0.0, steps=1))
+            return time.perf_counter() - began
 
     n = min(8, len(images))
     seconds("fp32", n)  # the first pass of all also loads and allocates
-    while n < len(images) and seconds("fp32", n) < budget:
+    while n < min(128, len(images)) and seconds("fp32", n) < 0.1:
         n = min(2 * n, len(images))
-    turns = [(seconds("fp32", n), seconds("bf16", n)) for _ in range(4)][1:]
-    fp32, bf16 = map(min, zip(*turns))
+    best = torch.tensor([(seconds("fp32", n), seconds("bf16", n)) for _ in range(4)][1:]).amin(0)
+    average_over_processes([best])  # for all to decide alike
+    fp32, bf16 = best.tolist()
     say(f"an attack step on {n} images takes {fp32:.3g} s in fp32, {bf16:.3g} s in bf16")
-    return "bf16" if bf16 < fp32 else "fp32"
+    return bf16 < fp32
+
+
+@contextlib.contextmanager
+def _set(objects, name, value):
+    """Inside, `name` is `value` on all the objects that have it. Afterwards it is as found."""
+    found = [(thing, getattr(thing, name)) for thing in objects if getattr(thing, name, value) != value]
+    try:
+        for thing, _ in found:
+            setattr(thing, name, value)
+        yield
+    finally:
+        for thing, before in found:
+            setattr(thing, name, before)
 
 
 @contextlib.contextmanager
 def attack_mode(model):
-    """Eval mode and frozen parameters, so that gradients go to the input alone; both as found afterwards.
-
-    PyTorch before 2.12 overlooks that frozen parameters need other compiled code. Mode or input tell it.
-    """
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for module in training:  # not eval(): it walks all of them once more, and thin networks wait for that
-            module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+    """Eval mode and frozen parameters, so that gradients go to the input alone; both as found afterwards."""
+    with _set(model.modules(), "training", False), _set(model.parameters(), "requires_grad", False):
         yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
-@contextlib.contextmanager
 def exact_precision(model):
-    """Run the `Network`s in a model in float32 inside."""
-    found = [(part, part.precision) for part in model.modules() if hasattr(part, "precision")]
-    try:
-        for part, _ in found:
-            part.precision = "fp32"
-        yield
-    finally:
-        for part, precision in found:
-            part.precision = precision
+    """Inside, the `Network`s in a model run in float32."""
+    return _set(model.modules(), "precision", "fp32")
 
 
 @contextlib.contextmanager
 def fixed_seed(seed, device):
     """Random numbers drawn inside start from `seed`; the outer streams go on as if nothing had happened."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        (torch.cuda.manual_seed_all if device.type == "cuda" else torch.default_generator.manual_seed)(seed)
+        torch.manual_seed(seed)
         yield
 
 
 # ------------------------------------------------------------------------------- several processes (torchrun)
 
-
+# All processes draw the same order of images and take every WORLD-th image of a batch. Augmentation and the
+# attacks of training have other random numbers in each. All test alike; the first alone prints and writes.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+SHARED = torch.Generator()  # the same numbers in all processes
 
 
 def connect(args, device):
-    """Join the processes that torchrun started; the first one alone prints. Returns this process's device."""
+    """Join the processes that torchrun started, if it did. Returns this process's device."""
     if WORLD == 1:
         return device
-    for size in getattr(args, "batch_sizes", [getattr(args, "batch_size", WORLD)]):
-        if size % WORLD:
-            raise UserError(f"a batch of {size} images cannot be shared out among {WORLD} processes evenly")
+    if any(size % WORLD for size in getattr(args, "batch_sizes", [getattr(args, "batch_size", WORLD)])):
+        raise UserError(f"a batch must be a multiple of the {WORLD} processes that share it")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                         timeout=datetime.timedelta(hours=2))
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
     return device
 
 
 def seed_everything(seed, epoch=0):
-    """Random numbers follow from (seed, epoch, process) from here on; in epoch 0 all are alike."""
-    process = RANK if epoch else 0  # initial weights must be the same
-    number = int(np.random.SeedSequence((seed, epoch, process)).generate_state(1)[0])
+    """Random numbers follow from (seed, epoch, process) from here on: PyTorch's, NumPy's and Python's.
+
+    In epoch 0, where weights are drawn, they are the same in all processes, and in `shared_order` always.
+    """
+    shared, own = (int(np.random.SeedSequence((seed, epoch, process)).generate_state(1)[0])
+                   for process in (WORLD, RANK if epoch else 0))
+    SHARED.manual_seed(shared)
     for seeded in torch.manual_seed, np.random.seed, random.seed:  # a fork may draw from any
-        seeded(number)
+        seeded(own)
 
 
-def own_share(order):
-    """This process's part of every batch of the first process's `order` [steps, batch]."""
-    if WORLD > 1:
-        torch.distributed.broadcast(order, 0)
-    return order[:, RANK::WORLD]
+def shared_order(n, device):
+    """The numbers 0..n - 1 in a random order that is the same in all processes."""
+    if WORLD == 1:
+        return torch.randperm(n, device=device)
+    return torch.randperm(n, generator=SHARED).to(device)
 
 
 def average_over_processes(tensors):
     """Replace float tensors by their means over the processes: one reduction for all of them."""
-    if WORLD > 1:
+    if WORLD > 1 and tensors:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         torch.distributed.all_reduce(flat)
-        parts = (flat / WORLD).split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+        for tensor, mean in zip(tensors, (flat / WORLD).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
 
 
 def synchronize(model):
-    """Before a step: gradients and BatchNorm's running statistics become their means over the processes.
-
-    In train mode BatchNorm normalizes with the images of its own process.
-    """
+    """Before a step: gradients and BatchNorm's running statistics become their means over the processes."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     average_over_processes(gradients + [part for name, part in model.named_buffers() if ".running_" in name])
 
 
-def on_first(function):
-    """What `function` returns in the first process, in all of them; the others wait for it."""
-    if WORLD == 1:
-        return function()
-    found = [function() if RANK == 0 else None]
-    torch.distributed.broadcast_object_list(found)
-    return found[0]
+def wait_for_all():
+    if WORLD > 1:
+        torch.distributed.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------- attacks
 
-
 @dataclass(frozen=True)
 class Attack:
-    """What defines an attack, from the command line to every title.
+    """What defines an attack. eps and step_size in pixel range [0, 1].
 
-    Written as `asdict(attack)` under the key "attack". eps and step_size in pixel range [0, 1]. One that is
-    too short for its ball, or whose steps are longer than ε, says so in one line where it is made.
+    One that is too short for its ball, or has steps longer than ε, says so in one line where it is made.
     """
     loss: str = "cross-entropy"  # of LOSSES; or "kl", the attack of TRADES; or "autoattack" (eval.py)
     norm: str = "linf"           # or "l2"
@@ -696,27 +647,24 @@ class Attack:
         if self.loss == "autoattack" or self.eps == 0:
             return
         anywhere, several = self.start == "uniform", self.steps > 1
-        way = self.eps * (1.9 if anywhere and several else 1)  # to the far side, or from x to the sphere
-        if self.steps * self.step_size < way * (1 - 1e-9):
-            warn(f"{self.title()}, is too short for its ball: its steps reach "
-                 f"{self.steps * self.step_size:.3g} where {way:.3g} are to go; give it more or longer ones, "
-                 "or its robust accuracy flatters")
-        elif self.step_size > self.eps * (2 if anywhere and not several else 1) * (1 + 1e-9):
+        reach = self.steps * self.step_size  # must get to the far side of the ball, or from x to its edge
+        way = self.eps * (1.9 if anywhere and several else 1)
+        longest = self.eps * (2 if anywhere and not several else 1)
+        if reach < way * (1 - 1e-9):
+            warn(f"{self.title()}, is too short for its ball: its steps reach {reach:.3g} of {way:.3g}; "
+                 "give it more or longer ones, or its robust accuracy flatters")
+        elif self.step_size > longest * (1 + 1e-9):
             warn(f"{self.title()}, has steps longer than ε; shorter ones find more")
 
     def title(self):
         """Such as "PGD-20, ε = 0.031, step 0.003", "CW-20×5 l2, ε = 0.5, step 0.2" or "FGSM, ε = 8/255"."""
-        if self.loss == "autoattack":
-            name = "AutoAttack"
-        elif self.steps == 1 and self.step_size >= self.eps:
-            name = "FGSM"
-        else:
-            known = {"cross-entropy": "PGD", "kl": "PGD", "margin": "CW"}
-            name = f"{known.get(self.loss, self.loss)}-{self.steps}"
-        name += f"×{self.restarts}" if self.restarts > 1 else ""
-        title = f"{name}{' l2' if self.norm == 'l2' else ''}, ε = {pixels(self.eps, self.norm)}"
-        whole = self.loss == "autoattack" or name == "FGSM" and self.step_size == self.eps
-        return title if whole else f"{title}, step {pixels(self.step_size, self.norm)}"
+        fgsm = self.steps == 1 and self.step_size >= self.eps and self.loss != "autoattack"
+        name = {"cross-entropy": "PGD", "kl": "PGD", "margin": "CW"}.get(self.loss, self.loss)
+        name = "FGSM" if fgsm else "AutoAttack" if name == "autoattack" else f"{name}-{self.steps}"
+        name += f"×{self.restarts}" * (self.restarts > 1) + " l2" * (self.norm == "l2")
+        step = f", step {pixels(self.step_size, self.norm)}"
+        whole = fgsm and self.step_size == self.eps or name.startswith("AutoAttack")
+        return f"{name}, ε = {pixels(self.eps, self.norm)}{'' if whole else step}"
 
 
 def pixels(value, norm="linf"):
@@ -724,11 +672,6 @@ def pixels(value, norm="linf"):
     levels = round(255 * value)
     whole = norm == "linf" and levels and abs(levels / 255 - value) < 1e-9
     return f"{levels}/255" if whole else f"{value:.4g}"
-
-
-def step_for(eps, published, norm="linf"):
-    """An evaluation's step: the published one up to ε = 8/255 (ℓ2: 0.5), above in proportion; at most ε."""
-    return min(published * max(1, eps / {"linf": 8 / 255, "l2": 0.5}[norm]), eps)
 
 
 def cross_entropy_to(y):
@@ -768,7 +711,7 @@ def perturb_start(x, start, eps, norm):
         return x + eps * (2 * torch.rand_like(x) - 1)
     direction = torch.randn_like(x)
     radius = torch.rand(len(x), device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
-    return x + eps * _per_image(radius / direction.flatten(1).norm(dim=1)) * direction
+    return x + eps * (radius / direction.flatten(1).norm(dim=1))[:, None, None, None] * direction
 
 
 def project(x_adv, x, eps, norm):
@@ -776,21 +719,16 @@ def project(x_adv, x, eps, norm):
     if norm == "linf":
         return torch.clamp(x_adv, (x - eps).clamp_(min=0), (x + eps).clamp_(max=1))
     delta = x_adv - x
-    length = delta.flatten(1).norm(dim=1)
-    return (x + delta * _per_image((eps / length.clamp(min=1e-12)).clamp(max=1))).clamp_(0, 1)
-
-
-def _per_image(values):
-    return values.view(-1, 1, 1, 1)
+    scale = (eps / delta.flatten(1).norm(dim=1).clamp(min=1e-12)).clamp(max=1)
+    return (x + delta * scale[:, None, None, None]).clamp_(0, 1)
 
 
 def pgd(model, x, loss, attack):
     """(x̂, ‖∇‖₁) of projected gradient ascent on `loss` in the ε-ball and in [0, 1] (Madry et al. 2018).
 
-    x [N, 3, H, W] must lie in [0, 1]. loss maps logits [N, classes] to a scalar, a sum over images
-    (`cross_entropy_to`, `kl_to`, `margin_to` or any callable). Each step adds step_size times the gradient's
-    sign (ℓ∞) or the gradient scaled to unit length (ℓ2), then projects. x̂ is the last iterate, detached.
-    ‖∇‖₁ [N] is the largest ‖∇_x̂ loss‖₁ met at each image, the paper's training-time proxy of local
+    x [N, 3, H, W] must lie in [0, 1]. loss: any callable of logits [N, classes] to a sum over images. A step
+    is step_size times the gradient's sign (ℓ∞) or the gradient scaled to unit length (ℓ2). x̂ is the last
+    iterate, detached. ‖∇‖₁ [N] is the largest met at each image, the paper's training-time proxy of local
     Lipschitzness. The model runs in eval mode; its mode, gradients and buffers are afterwards as before.
     """
     x_adv = perturb_start(x, attack.start, attack.eps, attack.norm)
@@ -806,53 +744,30 @@ def pgd(model, x, loss, attack):
                 else:  # first to a largest entry of 1: squares of a confident network's would underflow
                     top = gradient.abs().amax((1, 2, 3), keepdim=True)
                     gradient = gradient / torch.where(top > 0, top, 1)
-                    ascent = gradient / _per_image(gradient.flatten(1).norm(dim=1).clamp(min=1))
+                    ascent = gradient / gradient.flatten(1).norm(dim=1).clamp(min=1)[:, None, None, None]
                 x_adv = project(x_adv + attack.step_size * ascent, x, attack.eps, attack.norm)
-    if not attack.steps:
-        x_adv = project(x_adv, x, attack.eps, attack.norm)
-    return x_adv, largest
+    return (x_adv if attack.steps else project(x_adv, x, attack.eps, attack.norm)), largest
 
 
 # -------------------------------------------------------------------------------------------------- schedules
 
-
-def exp_decay(epoch, epochs):
-    """The paper's schedule (App. C): 1, and from epoch 75 of 100 on halved every epoch: 0.5^(e - 74).
-
-    A run of another length turns at 3/4 of it and halves every 1/100 of it, but at most once an epoch.
-    """
-    late = epoch - 0.75 * epochs
-    return 1.0 if late < 0 else 0.5 ** (1 + math.floor(late / max(0.01 * epochs, 1) + 1e-9))
-
-
-def step(epoch, epochs, milestones=(0.75, 0.9, 1.0)):
-    """×0.1 from each milestone on: epochs 75, 90 and 100 of 100 (TRADES)."""
-    return 0.1 ** sum(epoch >= milestone * epochs for milestone in milestones)
-
-
-def cosine(epoch, epochs):
-    """0.5·(1 + cos(π·(e - 1)/E)) (RST)."""
-    return _cosine_between(1.0, 0.0, (epoch - 1) / epochs)
-
-
 def one_cycle(epoch, epochs, warmup=0.025):
     """From 1/25 to 1 over the warm-up, then to 4e-6 in the last epoch, along cosines (Wang et al. 2023)."""
-    peak, last = warmup * epochs - 1, epochs - 1  # counted from 0
-    if epoch - 1 < peak:
-        return _cosine_between(0.04, 1.0, (epoch - 1) / peak)
-    return _cosine_between(1.0, 4e-6, min((epoch - 1 - peak) / max(last - peak, 1e-9), 1))
+    peak, low = warmup * epochs, 0.04 if epoch < warmup * epochs else 4e-6
+    away = 1 - (epoch - 1) / (peak - 1) if epoch < peak else (epoch - peak) / max(epochs - peak, 1e-9)
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * away))
 
 
-def _cosine_between(start, end, share):
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-# --schedule → factor of the base rate, from the epoch, counted from 1 as the releases do, and their number.
-SCHEDULES = {"exp-decay": exp_decay, "step": step, "cosine": cosine, "one-cycle": one_cycle}
+SCHEDULES = {  # --schedule → factor of the base rate in epoch e of n, counted from 1 as the releases do
+    # The paper's (App. C): 1, and from epoch 75 of 100 on halved every epoch: 0.5^(e - 74). A run of another
+    # length turns at 3/4 of it and halves every 1/100 of it, but at most once an epoch.
+    "exp-decay": lambda e, n: 0.5 ** max(0, 1 + math.floor((e - 0.75 * n) / max(0.01 * n, 1) + 1e-9)),
+    "step": lambda e, n: 0.1 ** sum(e >= share * n for share in (0.75, 0.9, 1)),  # TRADES: 75, 90, 100 of 100
+    "cosine": lambda e, n: 0.5 * (1 + math.cos(math.pi * ((e - 1) / n))),  # RST
+    "one-cycle": one_cycle}
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
-
 
 METRICS = ("natural_accuracy", "robust_accuracy", "perturbation_stability")
 
@@ -871,63 +786,46 @@ def logits_of(model, x, first=0):
     return logits
 
 
-def filled(model, stream):
-    """(n, x, y) of a stream's batches: n images, filled up to one shape where code is compiled for it."""
-    size = 0
-    for x, y in stream:
-        n, size = len(x), max(size, len(x))
-        if n < size and model._compiled_call_impl:
-            fill = torch.arange(size, device=x.device) % n
-            x, y = x[fill], y[fill]
-        yield n, x, y
-
-
 def predictions(model, stream, attack, seed=0):
     """(y, f(x), f(x̂)) [N] of every image of a stream, under `pgd` with this record.
 
-    model: any module of images in [0, 1]. stream: (x [B, 3, H, W] in [0, 1], y [B]) on its device, as
-    `in_order` makes them. Over restarts f(x̂) is the first prediction that differs from f(x), if any. The
-    attack runs as the model is executed (bf16, say). All predictions are made in float32. Images outside
-    [0, 1] and logits that are not finite are UserErrors.
+    model: any module of images in [0, 1]. stream: (x [B, 3, H, W], y [B]) on its device, as of `in_order`.
+    Over restarts f(x̂) is the first prediction that differs from f(x), if any. The attack runs as the model
+    is executed (bf16, say), predictions in float32. UserError: images outside [0, 1], logits not finite.
     """
-    found, unmoved = [], 0
-    for i, (n, x, y) in enumerate(filled(model, stream)):
-        first = sum(len(part) for part, *_ in found)
+    found, unmoved, n, size = [], 0, 0, 0
+    for i, (x, y) in enumerate(stream):
+        size = max(size, len(x))
         if not (x.amin() >= 0 and x.amax() <= 1):  # NaN fails, too
             raise UserError(f"images must be in [0, 1], not in [{x.amin():.4g}, {x.amax():.4g}]; "
                             "a network that wants others must scale them itself")
-        natural = logits_of(model, x, first).argmax(1)
-        adversarial, gradient = natural, torch.zeros(len(x), device=x.device)
-        for restart in range(attack.restarts):
-            with fixed_seed(((1000 * seed + restart) * 10 ** 6 + i) % 2 ** 63, x.device):
-                x_adv, norm = pgd(model, x, LOSSES[attack.loss](y), attack)
-            again, gradient = logits_of(model, x_adv, first).argmax(1), torch.maximum(gradient, norm)
-            adversarial = torch.where(adversarial == natural, again, adversarial)
-        unmoved += ((gradient == 0) & (adversarial == natural))[:n].sum().item()
-        found.append([part[:n] for part in (y, natural, adversarial)])
-        show(f"{attack.title()}: {first + n:,} images")
-    found = [torch.cat(parts) for parts in zip(*found)]
-    if attack.eps and attack.steps and unmoved > max(0.01 * len(found[0]), 1):
-        warn(f"{attack.title()} had a gradient of exactly zero on {unmoved} of {len(found[0])} images that "
+        with _set([model] if len(x) < size else [], "_compiled_call_impl", None):  # else it compiles anew
+            natural = adversarial = logits_of(model, x, n).argmax(1)
+            gradient = torch.zeros(len(x), device=x.device)
+            for restart in range(attack.restarts):
+                with fixed_seed(((1000 * seed + restart) * 10 ** 6 + i) % 2 ** 63, x.device):
+                    x_adv, norm = pgd(model, x, LOSSES[attack.loss](y), attack)
+                again, gradient = logits_of(model, x_adv, n).argmax(1), torch.maximum(gradient, norm)
+                adversarial = torch.where(adversarial == natural, again, adversarial)
+        found.append((y, natural, adversarial))
+        unmoved += ((gradient == 0) & (adversarial == natural)).sum().item()
+        n += len(x)
+        show(f"{attack.title()}: {n:,} images")
+    if attack.eps and attack.steps and unmoved > max(0.01 * n, 1):
+        warn(f"{attack.title()} had a gradient of exactly zero on {unmoved} of {n} images that "
              "kept their prediction: their stability is not shown; try --attack cw or autoattack of eval.py")
-    return found
+    return [torch.cat(parts) for parts in zip(*found)]
 
 
 def three_metrics(y, natural, adversarial):
-    """The paper's metrics (Section 3), fractions of all N, from labels y and predictions f(x), f(x̂) [N].
-
-    A point is robust exactly when it is correct and stable: robust ≤ min(natural, stability).
-    """
+    """The paper's metrics (Section 3), fractions of N, from labels y and predictions f(x), f(x̂) [N]."""
     n, correct, stable = len(y), natural == y, adversarial == natural
     counts = correct.sum().item(), (correct & stable).sum().item(), stable.sum().item()
     return {"n": n, **{name: count / n for name, count in zip(METRICS, counts)}}
 
 
 def evaluate(model, stream, attack, seed=0):
-    """n, natural_accuracy, robust_accuracy, perturbation_stability and the attack, as a dict.
-
-    Takes what `predictions` takes: any module, any stream of (x, y).
-    """
+    """n, the three metrics and the attack, as a dict. Takes what `predictions` takes."""
     return {**three_metrics(*predictions(model, stream, attack, seed)), "attack": asdict(attack)}
 
 
@@ -937,315 +835,244 @@ def local_lipschitzness(model, stream, attack, seed=0, starts=3):
     The paper's estimator (after Yang et al. 2020), in float32: PGD on the numerator from a few random starts.
     A lower bound, in logits per pixel range.
     """
-    largest = []
-    with exact_precision(model):
-        for i, (n, x, _) in enumerate(filled(model, stream)):
+    largest, size = [], 0
+    for i, (x, _) in enumerate(stream):
+        size = max(size, len(x))
+        with exact_precision(model), _set([model] if len(x) < size else [], "_compiled_call_impl", None):
             clean, best = logits_of(model, x), torch.zeros(len(x), device=x.device)
             for start in range(starts):
                 with fixed_seed(((1000 * seed + start) * 10 ** 6 + i) % 2 ** 63, x.device):
                     x_adv, _ = pgd(model, x, lambda logits: (logits - clean).abs().sum(), attack)
                 rise, distance = (logits_of(model, x_adv) - clean).abs().sum(1), (x_adv - x).abs().flatten(1)
                 best = torch.maximum(best, (rise / distance.amax(1)).nan_to_num(nan=0, posinf=0))
-            largest.append(best[:n])
+        largest.append(best)
     return torch.cat(largest).mean().item()
 
 
-def monitor_attack(eps, norm="linf"):
-    """PGD-20, step 0.007: every epoch, as the paper's training code does. (ℓ2: as `report_attack`.)"""
-    return Attack(norm=norm, eps=eps, step_size=step_for(eps, {"linf": 0.007, "l2": 0.2}[norm], norm))
+def report_attack(eps, norm="linf", step_size=0.003):
+    """PGD-20, step 0.003 (ℓ2: 0.2), as reported. Above ε = 8/255 (ℓ2: 0.5) the step grows in proportion."""
+    usual, step_size = (8 / 255, step_size) if norm == "linf" else (0.5, 0.2)
+    return Attack(norm=norm, eps=eps, step_size=min(step_size * max(1, eps / usual), eps))
 
 
-def report_attack(eps, norm="linf"):
-    """PGD-20, step 0.003 (ℓ2: 0.2, ε/2.5): the numbers that are reported."""
-    return Attack(norm=norm, eps=eps, step_size=step_for(eps, {"linf": 0.003, "l2": 0.2}[norm], norm))
+def monitor(model, data, args, epoch, norm="linf"):
+    """For the log: `evaluate` with steps of 0.007, on --val-size images or else --eval-size test images.
 
-
-def monitor(model, data, args, epoch):
-    """For the log: `evaluate` under `monitor_attack`, on --val-size images or else --eval-size test images.
-
-    Nones where --eval-every skips an epoch, or where training has diverged, which `end_epoch` says. The ball
-    is ℓ∞, unless a fork has a --norm.
+    Nones where --eval-every skips an epoch, or where training has diverged, which `end_epoch` says.
     """
-    if epoch % args.eval_every and epoch != args.epochs or any(not_finite(model)):
+    if epoch % args.eval_every and epoch != args.epochs or not_finite(model.state_dict()):
         return dict.fromkeys(METRICS)
     x, y = (data.x_val, data.y_val) if args.val_size else data.test(args.eval_size)
-    attack = monitor_attack(args.eps, getattr(args, "norm", "linf"))
-    return on_first(lambda: evaluate(model, in_order(x, y, args.batch_size), attack))
+    return evaluate(model, in_order(x, y, args.batch_size), report_attack(args.eps, norm, 0.007))
 
 
-def report(model, data, args):
-    """For metrics.json: `evaluate` on --test-size images under `report_attack`, Lipschitzness of 1,000.
-
-    The ball is as in `monitor`; the ℓ∞ ball of Lipschitzness is then one of ε = 0.031.
-    """
-    (x, y), norm = data.test(args.test_size), getattr(args, "norm", "linf")
-    attack = report_attack(args.eps, norm)
+def report(model, data, args, norm="linf"):
+    """For metrics.json: `evaluate` on --test-size images, Lipschitzness of 1,000 (ℓ2: in ℓ∞, ε = 0.031)."""
+    (x, y), attack = data.test(args.test_size), report_attack(args.eps, norm)
     ball = attack if norm == "linf" else report_attack(0.031)
-    some = in_order(x[:1000], y[:1000], args.batch_size)
     say(f"testing on {len(x):,} images with {attack.title()}")
-    return on_first(lambda: {
-        **evaluate(model, in_order(x, y, args.batch_size), attack),
-        "local_lipschitzness": local_lipschitzness(model, some, ball),
-        "precision": args.precision, "best_chosen_on": "validation" if args.val_size else "test"})
+    some = (x, y) if len(x) <= 1000 else data.test(1000)
+    return {**evaluate(model, in_order(x, y, args.batch_size), attack),
+            "local_lipschitzness": local_lipschitzness(model, in_order(*some, args.batch_size), ball),
+            "precision": args.precision, "best_chosen_on": "validation" if args.val_size else "test"}
 
 
-def not_finite(model):
-    """The names of its parameters and buffers that hold an infinity or NaN."""
-    return (name for name, value in model.state_dict().items() if not value.isfinite().all())
+def student(n):
+    """Student's 97.5 % point for the mean of n values, 12.71 for n = 2 and 1.96 for many.
+
+    t = √(n - 1)·tan θ, where θ has a density in proportion to cos(θ)^(n - 2).
+    """
+    angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
+    share = angle.cos().pow(n - 2).cumsum(0)
+    return math.sqrt(n - 1) * angle[(share < 0.95 * share[-1]).sum()].tan().item()
+
+
+def not_finite(tensors):
+    """The names of the tensors in a dict that hold an infinity or NaN."""
+    return [name for name, value in tensors.items() if not value.isfinite().all()]
 
 
 def describe(metrics):
-    """The three metrics in words, in percent; nothing for an epoch that was not monitored."""
+    """The metrics in words, fractions in percent; nothing for an epoch that was not monitored."""
     names = zip(("natural", "robust", "stability"), METRICS)
-    found = [(name, metrics.get(key)) for name, key in names]
-    return "  ".join(f"{name} {100 * value:.2f} %" for name, value in found if value is not None)
+    words = [f"{name} {100 * metrics[key]:.2f} %" for name, key in names if metrics.get(key) is not None]
+    words += [f"local Lipschitzness {value:.2f}" for value in [metrics.get("local_lipschitzness")] if value]
+    return "  ".join(words)
 
 
 # ------------------------------------------------------------------------------------------------- run folder
 
-
-# Settings that do not define a run.
-MAY_CHANGE = {"out", "data_dir", "device", "compile", "script", "name", "may_change"}
+MAY_CHANGE = {"out", "data_dir", "device", "compile", "script", "name", "may_change"}  # they define no run
 
 
 class Run:
-    """A run folder: args.json, log.jsonl, last.pt, best.pt, metrics.json, and the files of code that ran.
+    """A run folder: args.json, log.jsonl, last.pt, best.pt, metrics.json, and copies of the code that ran.
 
-        run = Run(args, data, model=model, optimizer=optimizer)
-        for epoch in run.epochs():
-            for x, y in batches(...):
-                ...
-                run.record(len(x), natural_risk=natural_risk)  # scalars on the device: nothing waits here
-            run.end_epoch(lr=lr, **metrics)                    # a line of the log and a checkpoint
-        run.finish(test)                                       # metrics.json
+    A run is its settings, its data, what the file of --init holds, and its code: the script and what it
+    imports from its folder, but for comments. The default folder is named after all of it. So the same
+    command goes on after the last epoch that was finished, as if it had never stopped. Any other command or
+    edit begins elsewhere. A folder named with --out is refused to another run. --precision counts as it was
+    asked for. What "auto" was found to be is in the checkpoint, and a resumed run keeps it.
 
-    The same command again goes on after the last epoch that was finished, as if it had never stopped: a
-    checkpoint holds the `state_dict` of every part (of any name; "model" is what is tested), and an epoch's
-    random numbers follow from (seed, epoch, process). best.pt is the epoch with the highest `robust_accuracy`
-    given to `end_epoch`. A loop may `break`, `continue` or raise anywhere.
-
-    A run is its settings, its data and its code: the script and what it imports from its own folder, but for
-    comments and docstrings. Where one of them differs, a folder named with --out is refused, and a default
-    folder gives way to the next free number. Under torchrun the first process's parts are saved.
+    A checkpoint holds the `state_dict` of every part, of any name; "model" is what is tested. An epoch's
+    random numbers follow from (seed, epoch). best.pt is the epoch with the highest `robust_accuracy` given to
+    `end_epoch`. A loop may `break`, `continue` or raise anywhere.
     """
 
     def __init__(self, args, data=None, /, **parts):
         self.args, self.parts, self.images = args, parts, len(data) if data else 0
-        self.data_hash = data.hash if data else None
-        self.sources = {"common.py": Path(__file__)} | code_of(Path(args.script).resolve())
-        self.epoch, self.log, self.steps = 0, [], 0  # the last epoch finished; its and earlier ones' lines
-        self.folder = on_first(self._choose_folder)
-        if (self.folder / "last.pt").exists():
-            state = read_checkpoint(self.folder / "last.pt")
+        files, free = code_of(Path(args.script)), MAY_CHANGE | {*getattr(args, "may_change", ())}
+        settings = {name: value for name, value in vars(args).items() if name not in free}
+        code = {name: hashed(ast.dump(ast.parse(content)))[:6] for name, content in files.items()}
+        if settings.get("init"):  # its name may come to hold something else
+            settings["init"] = hashed(Path(args.init).expanduser().read_bytes())
+        self.settings = json.loads(json.dumps({**settings, "data": data.hash if data else None, **code}))
+        digest = hashed(json.dumps(self.settings, sort_keys=True))[:6]
+        self.folder = Path(args.out or f"runs/{args.name}-{digest}").expanduser()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: {error.strerror}") from None
+        self.lock = None if RANK else lock(self.folder)
+        found = [name for name in ("last.pt", "best.pt", "metrics.json") if (self.folder / name).exists()]
+        if found and found[0] != "last.pt":
+            raise UserError(f"{self.folder} holds {found[0]} without last.pt; choose another --out")
+        state = read_checkpoint(self.folder / "last.pt") if found else {"log": [], "args": self.settings}
+        before, self.log = state.get("args", {}), state.get("log", [])
+        if before != self.settings:
+            raise UserError(f"{self.folder} holds another run ({differences(before, self.settings)}); "
+                            "choose another --out")
+        if found:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            self.epoch, self.log = state["epoch"], state["log"]
-            args.precision = state["args"]["precision"]
-        say(f"{self.folder}: {self.epoch} of {args.epochs} epochs done")
-
-    def _settings(self):
-        free = MAY_CHANGE | {*getattr(self.args, "may_change", ())}
-        kept = {name: value for name, value in vars(self.args).items() if name not in free}
-        return json.loads(json.dumps({**kept, "data": self.data_hash}))
-
-    def _choose_folder(self):
-        wanted, said = Path(self.args.out or Path("runs") / self.args.name).expanduser(), ""
-        for number in itertools.count(1):
-            folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-            if not (other := self._what_differs(folder)):
-                break
-            if self.args.out:
-                raise UserError(f"{folder} holds another run ({other}); choose another --out")
-            said = f"{folder} holds another run ({other}): this one goes to "
-        if said:
-            say(f"{said}{folder}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {folder}: {error.strerror}") from None
-        self.lock = lock(folder)
-        return folder
-
-    def _what_differs(self, folder):
-        """What makes the run in a folder another one; "" if none is there, or this one."""
-        kept = ("last.pt", "best.pt", "log.jsonl", "metrics.json")
-        files = [name for name in kept if (folder / name).exists()]
-        if not files:
-            return ""
-        if "last.pt" not in files or not (folder / "args.json").exists():
-            return f"{files[0]} is there without {'args.json' if 'last.pt' in files else 'last.pt'}"
-        before, now = read_json(folder / "args.json"), self._settings()
-        if now.get("precision") == "auto":  # a resumed run keeps what was found when it began
-            now["precision"] = before.get("precision")
-        found = [f"--{name.replace('_', '-')} {before.get(name)} there, {now.get(name)} here"
-                 if name != "data" else "its data were others"
-                 for name in {**before, **now} if before.get(name) != now.get(name)]
-        return "; ".join(found + [f"{name} was edited" for name, source in sorted(self.sources.items())
-                                  if not same_code(source, folder / name)])
+            args.precision = state["precision"]  # what "auto" was found to be
+        if not args.out and not (self.folder / "args.json").exists():
+            others = sorted(self.folder.parent.glob(f"{args.name}-??????/args.json"), key=os.path.getmtime)
+            for newest in others[-1:]:
+                differing = differences(read_json(newest), self.settings)
+                say(f"{newest.parent} holds another run ({differing}): this one goes to {self.folder}")
+        for name, content in files.items():
+            write_file(self.folder / name, content)
+        write_json(self.folder / "args.json", self.settings)
+        self.done = self.log[-1]["epoch"] if self.log else 0  # the last epoch that was finished
+        say(f"{self.folder}: {self.done} of {args.epochs} epochs done")
 
     def epochs(self):
         """The epochs still to do, counted from 1."""
-        on_first(self._open)
-        for self.current in range(self.epoch + 1, self.args.epochs + 1):
-            seed_everything(self.args.seed, self.current)
-            self.recorded, self.seen, self.untimed = {}, 0, 0
-            self.began = self.timed_from = self.now = self.shown = time.perf_counter()
-            yield self.current
-
-    def _open(self):
-        for name, source in self.sources.items():
-            write_file(self.folder / name, source.read_bytes())
-        write_json(self.folder / "args.json", self._settings())
-        if self.epoch:  # what a kill in the midst of the last epoch's end left undone
-            self._write_log()
-            if self._is_best():
-                write_file(self.folder / "best.pt", (self.folder / "last.pt").read_bytes())
+        if self.log:
+            self._publish()
+        for self.epoch in range(self.done + 1, self.args.epochs + 1):
+            seed_everything(self.args.seed, self.epoch)
+            self.recorded, self.seen, self.rate, self.clock = {}, 0, 0.0, None
+            self.began = time.perf_counter()
+            yield self.epoch
 
     def record(self, images=0, /, **scalars):
         """Note a step's numbers, scalars on the device, read back in `end_epoch`; and show progress."""
         for name, scalar in scalars.items():
             self.recorded.setdefault(name, []).append(torch.as_tensor(scalar).detach())
-        self.steps += 1
+        now = time.perf_counter()
+        if not self.clock:  # speed is that of all steps but an epoch's first, in which code may be compiled
+            self.clock = self.shown = now
+            return
         self.seen += images * WORLD
-        self.now = time.perf_counter()
-        if self.steps <= 2:  # code is compiled and memory taken in these: no measure of speed
-            self.timed_from, self.untimed = self.now, self.seen
-        elif self.now - self.shown > 1 and images:
-            self.shown, rate = self.now, self._rate()
-            left = (self.images * (self.args.epochs - self.current + 1) - self.seen) / rate
-            show(f"epoch {self.current}/{self.args.epochs}  {self.seen:,} of {self.images:,} images  "
-                 f"{rate:.4g} images/s  {duration(max(left, 0))} left")  # a loop may replay its images
-
-    def _rate(self):
-        """Images per second of this epoch; without the first two steps of all, if there were others."""
-        if self.seen > self.untimed:
-            return (self.seen - self.untimed) / max(self.now - self.timed_from, 1e-9)
-        return self.seen / max(self.now - self.began, 1e-9)
+        self.rate = self.seen / max(now - self.clock, 1e-9)
+        if images and now - self.shown > 1:
+            self.shown, left = now, self.images * (self.args.epochs - self.epoch + 1) - self.seen
+            show(f"epoch {self.epoch}/{self.args.epochs}  {self.seen:,} of {self.images:,} images  "
+                 f"{self.rate:.4g} images/s  {duration(max(left, 0) / self.rate)} left")
 
     def end_epoch(self, **values):
         """Check and average what was recorded; log that and `values`; write the checkpoint."""
-        advice = f"epoch {self.epoch} is kept in {self.folder}" if self.epoch else "no epoch was finished"
-        advice += "; a smaller --lr or --beta may help"
-        means = {}
-        for name, scalars in self.recorded.items():
-            history = torch.stack(scalars).float()
-            if not history.isfinite().all():
-                first = history.isfinite().int().argmin().item() + 1
-                raise UserError(f"{name.replace('_', ' ')} not finite at epoch {self.current}, step {first}; "
-                                f"{advice}")
-            average_over_processes([mean := history.mean()])
-            means[name] = mean.item()
-        for name, part in self.parts.items():
-            for key in not_finite(part) if isinstance(part, nn.Module) else ():
-                raise UserError(f"{name} {key} not finite after epoch {self.current}; {advice}")
-        line = {"epoch": self.current, **means, **values, "images_per_second": float(f"{self._rate():.4g}"),
-                "seconds": round(time.perf_counter() - self.began, 2)}
-        json.dumps(line)  # a value that is no JSON fails here, before anything is written
-        self.log.append(line)
-        on_first(self._save)
-        self.epoch = self.current
-        shown = "  ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
-        left = duration(self.log[-1]["seconds"] * (self.args.epochs - self.epoch))
-        say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {describe(values)}  "
-            f"{self._rate():.4g} images/s  {left} left")
-
-    def _save(self):
-        content = io.BytesIO()
-        torch.save({**{name: part.state_dict() for name, part in self.parts.items()}, "epoch": self.current,
-                    "log": self.log, "args": self._settings()}, content)
+        recorded = {name: torch.stack(scalars).float() for name, scalars in self.recorded.items()}
+        states = [part.state_dict() for part in self.parts.values() if isinstance(part, nn.Module)]
+        if bad := [name for tensors in (recorded, *states) for name in not_finite(tensors)]:
+            fine = recorded.get(bad[0], torch.zeros(0)).isfinite().tolist()
+            step = f", step {fine.index(False) + 1}" if fine else ""
+            raise UserError(f"{bad[0].replace('_', ' ')} not finite in epoch {self.epoch}{step}; a smaller "
+                            f"--lr or --beta may help; {self.folder} keeps epoch {self.done or 'none'}")
+        average_over_processes(means := [scalars.mean() for scalars in recorded.values()])
+        means = {name: mean.item() for name, mean in zip(recorded, means)}
+        seconds = time.perf_counter() - self.began
+        line = {"epoch": self.epoch, **means, **values, "images_per_second": float(f"{self.rate:.4g}"),
+                "seconds": round(seconds, 2), **({"processes": WORLD} if WORLD > 1 else {})}
+        self.log.append(json.loads(json.dumps(line)))  # what is no JSON fails before anything is written
+        content, self.done = io.BytesIO(), self.epoch
+        torch.save({**{name: part.state_dict() for name, part in self.parts.items()}, "epoch": self.epoch,
+                    "log": self.log, "args": self.settings,
+                    "precision": getattr(self.args, "precision", None)}, content)
         write_file(self.folder / "last.pt", content.getbuffer())
-        if self._is_best():
-            write_file(self.folder / "best.pt", content.getbuffer())
-        self._write_log()
+        self._publish()
+        shown = "  ".join(f"{name.replace('_', ' ')} {mean:.4f}" for name, mean in means.items())
+        say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {describe(values)}  {self.rate:.4g} images/s  "
+            f"{duration(seconds * (self.args.epochs - self.epoch))} left")
 
-    def _write_log(self):
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+    def _publish(self):
+        """log.jsonl and, if the last epoch is the best so far, best.pt. A kill may have come between."""
+        lines = "".join(json.dumps(line) + "\n" for line in self.log)
         write_file(self.folder / "log.jsonl", lines.encode())
-
-    def _is_best(self):
-        """Is the robust accuracy of the last line above those of all lines before?"""
-        *before, last = [entry.get("robust_accuracy") for entry in self.log]
-        return last is not None and last > max((score for score in before if score is not None), default=-1)
+        scores = [line.get("robust_accuracy") for line in self.log]
+        *before, last = [-1 if score is None else score for score in scores]
+        if RANK == 0 and last > max(before, default=-1):
+            write_file(self.folder / "best.pt", (self.folder / "last.pt").read_bytes())
 
     def finish(self, test, attack=None):
         """metrics.json: `test()` with the weights of last.pt and, where it is another epoch, of best.pt.
 
         A finished run is not tested again, unless with another `attack` than the file has.
         """
-        path = self.folder / "metrics.json"
+        wait_for_all()  # for the first process to have written
+        path, tested = self.folder / "metrics.json", {}
         found = read_json(path) if path.exists() else None
-        if found is None or attack and found["last"]["attack"] != asdict(attack):
+        if not found or attack and found["last"]["attack"] != asdict(attack):
             found = {}
-            for name in ("last", "best") if (self.folder / "best.pt").exists() else ("last",):
-                state = read_checkpoint(self.folder / f"{name}.pt")
-                if found and state["epoch"] == found["last"]["epoch"]:
-                    found[name] = found["last"]
-                    continue
-                self.parts["model"].load_state_dict(state["model"])
-                found[name] = {"epoch": state["epoch"], **test()}
-            on_first(lambda: write_json(path, found))
+            for file in filter(Path.exists, (self.folder / "last.pt", self.folder / "best.pt")):
+                state = read_checkpoint(file)
+                if state["epoch"] not in tested:
+                    self.parts["model"].load_state_dict(state["model"])
+                    tested[state["epoch"]] = {"epoch": state["epoch"], **test()}
+                found[file.stem] = tested[state["epoch"]]
+            write_json(path, found)
         for name, metrics in found.items():
-            lipschitz = metrics.get("local_lipschitzness")
-            say(f"{self.folder / name}.pt, epoch {metrics['epoch']}: {describe(metrics)}"
-                + (f", local Lipschitzness {lipschitz:.2f}" if lipschitz is not None else ""))
+            say(f"{self.folder / name}.pt, epoch {metrics['epoch']}: {describe(metrics)}")
+
+
+def differences(before, now):
+    """What differs between two runs' settings, in words."""
+    return "; ".join(f"{name} {before.get(name)} there, {now.get(name)} here"
+                     for name in before | now if before.get(name) != now.get(name))
 
 
 def code_of(script):
-    """{name: path} of a script and of what it, and what that imports, imports from the script's folder.
+    """{name: content} of this file, of a script, and of all that it imports from its folder.
 
     A file in a package, losses/mart.py, is named losses.mart.py.
     """
-    found, waiting, folder = {}, [script], script.parent
-    while waiting:
-        if (file := waiting.pop()) in found.values() or not file.is_file():
-            continue
-        found[".".join(file.relative_to(folder).parts)] = file
-        for parts, base in itertools.product(imports(file.read_bytes()), {folder, file.parent}):
-            waiting += [base.joinpath(*parts).with_suffix(".py"),
-                        *(base.joinpath(*parts[:i], "__init__.py") for i in range(1, len(parts) + 1))]
+    folder, waiting, found = script.resolve().parent, [Path(__file__).resolve(), script.resolve()], {}
+    for path in waiting:  # which grows
+        name = ".".join(path.relative_to(folder).parts) if path.is_relative_to(folder) else path.name
+        found[name] = content = path.read_bytes()
+        for node in ast.walk(ast.parse(content)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module, names = getattr(node, "module", None), [alias.name for alias in node.names]
+                names = [module, *(f"{module}.{name}" for name in names)] if module else names
+                files = {base.joinpath(*name.split(".")).with_suffix(".py")
+                         for name in names for base in (folder, path.parent)}
+                waiting += [file for file in files if file.is_file() and file not in waiting]
     return found
 
 
-@functools.cache
-def imports(code):
-    """What Python code may import, each as the parts of a dotted name."""
-    found = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            module, names = getattr(node, "module", None), [alias.name for alias in node.names]
-            found |= {module, *(f"{module}.{name}" for name in names)} if module else {*names}
-    return [tuple(name.split(".")) for name in found]
-
-
-def syntax(path):
-    """A Python file's syntax without comments and docstrings, as text."""
-    tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            del node.body[0]
-    return ast.dump(tree)
-
-
-def same_code(file, kept):
-    """Do two files, of which `kept` may be missing, differ in comments and docstrings at most?"""
-    return kept.exists() and (file.read_bytes() == kept.read_bytes() or syntax(file) == syntax(kept))
-
-
-def lock(folder, wait=False):
-    """An open file that keeps other processes out of `folder`; UserError if one is in there and not `wait`.
-
-    None where there are no locks (Windows, some file systems): nobody is kept out then, which a warning says.
-    """
+def lock(folder):
+    """An open file that keeps other processes out of `folder`; UserError if one is in there."""
+    handle = open(folder / ".lock", "w")
     try:
-        if not fcntl:
-            raise OSError("this system has no fcntl")
-        handle = open(folder / ".lock", "w")
-        fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return handle
+        import fcntl
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder} is in use by another process; choose another --out") from None
-    except OSError as error:
+    except (ImportError, OSError) as error:  # Windows, some file systems
         warn(f"{folder} cannot be locked ({error}): let no other process in there")
+    return handle
 
 
 def duration(seconds):
@@ -1255,6 +1082,8 @@ def duration(seconds):
 
 def write_file(path, content):
     """Write bytes so that `path` holds its old content or all of the new, whatever happens meanwhile."""
+    if RANK:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")  # what a kill leaves of it, the next write replaces
     try:
@@ -1265,8 +1094,6 @@ def write_file(path, content):
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); what it held before is kept") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -1276,26 +1103,24 @@ def write_json(path, value):
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
 
 class _Dtype:
     """Stands in for numpy.dtype while a checkpoint is read: a crafted one can turn bytes into pointers."""
 
     def __init__(self, code, *_):
-        self.code, self.order = code, "="
+        self.code = code
 
     def __setstate__(self, state):
-        self.order = state[1]
+        self.code = state[1] + self.code  # the order of bytes
 
 
 def _number(dtype, content):
-    """Stands in for the function that makes NumPy scalars: integers, floats and bools, as Python's."""
-    dtype = np.dtype(f"{dtype.order}{dtype.code}")
-    if dtype.kind not in "biuf":
-        raise ValueError(dtype)
-    return np.frombuffer(content, dtype)[0].item()
+    """Stands in for the function that makes NumPy's scalars: integers, floats and bools, as Python's."""
+    assert np.dtype(dtype.code).kind in "biuf"
+    return np.frombuffer(content, dtype.code)[0].item()
 
 
 BESIDE_WEIGHTS = [argparse.Namespace, (_Dtype, "numpy.dtype"), (_number, "numpy.core.multiarray.scalar"),
@@ -1306,34 +1131,34 @@ def read_checkpoint(path):
     """A checkpoint's dict, on the CPU, read without running any code in it, or UserError."""
     path = Path(path).expanduser()
     try:
-        with warnings.catch_warnings():  # our line says it all
-            warnings.simplefilter("ignore")
-            with torch.serialization.safe_globals(BESIDE_WEIGHTS):
-                return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(BESIDE_WEIGHTS), warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except Exception:  # truncated, foreign or unsafe: they fail in many ways
+    except Exception as error:  # truncated, foreign or unsafe: they fail in many ways
+        if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(f"{path} holds more than tensors: {foreign[1]}") from None
         with open(path, "rb") as file:
-            start = file.read(40)
-        raise UserError(f"{path} is no checkpoint of tensors, or is cut short; "
-                        f"it begins with {start!r}") from None
+            raise UserError(f"{path} is no checkpoint of tensors, or is cut short; "
+                            f"it begins with {file.read(40)!r}") from None
 
 
 # ----------------------------------------------------------------------------------------------- command line
 
-
 def launch(main):
     """Run a script's main(argv): a UserError or Ctrl-C ends in one line and exit status 2 or 130."""
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="replace")  # one that knows no Greek (cp1252)
     try:
         main(sys.argv[1:])
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # one that leaves early can make another abort
             torch.distributed.destroy_process_group()
         return
-    except UserError as error:
+    except ModuleNotFoundError as error:
+        message, status = f"error: {error}; README.md says what to install", 2
+    except (UserError, torch.OutOfMemoryError) as error:
         message, status = f"error: {error}", 2
-    except torch.OutOfMemoryError as error:
-        message, status = f"error: a smaller batch or network needs less memory: {str(error)[:200]}", 2
     except KeyboardInterrupt as error:
         message, status = f"interrupted; {str(error) or 'the same command goes on where it was'}", 130
     say(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", sys.stderr)
@@ -1354,8 +1179,13 @@ def say(line, file=None):
 
 @functools.cache
 def warn(line):
-    """Print a warning, once."""
-    say(f"warning: {line}", sys.stderr)
+    """Print a warning, once, of torchrun's processes by the first."""
+    if RANK == 0:
+        say(f"warning: {line}", sys.stderr)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
 
 
 class Parser(argparse.ArgumentParser):
@@ -1368,33 +1198,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+def ratio(text):
+    """A float, or a ratio of two such as 8/255."""
+    numerator, _, denominator = text.partition("/")
+    return float(numerator) / (float(denominator or 1) or math.nan)
 
 
-def number(low=0.0, high=math.inf, above=False):
-    """An argparse type: a finite float or a ratio such as 8/255, from `low` (or above it) to `high`."""
-    def parse(text):
-        numerator, _, denominator = text.partition("/")
-        value = float(numerator) / (float(denominator or 1) or math.nan)
-        if not low <= value <= high or value == math.inf or above and value == low:
-            limit = f"{'above' if above else 'at least'} {low:g}"
-            limit += f", at most {high:g}" if high < math.inf else ""
+def number(low=0.0, high=1e9, above=False, kind=ratio):
+    """An argparse type: a number, or a ratio such as 8/255, from `low` (or above it) to `high`."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high or above and value == low:
+            limit = f"{'above' if above else 'at least'} {low:g} and at most {high:g}"
             meant = f"; {text}/255?" if 1 == high < value < 256 else ""
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number {limit}{meant}")
+            raise argparse.ArgumentTypeError(f"{text!r} must be {limit}{meant}")
         return value
-    parse.__name__ = "number"  # argparse names it when the text is no number at all
-    return parse
+    return number  # whose name argparse gives when the text is no number at all
 
 
 def integer(low=1):
     """An argparse type: an integer of at least `low`."""
-    def parse(text):
-        if not low <= int(text) < 2 ** 63:
-            raise argparse.ArgumentTypeError(f"{text!r} must be at least {low} and below 2^63")
-        return int(text)
-    parse.__name__ = "integer"
-    return parse
+    return number(low, 2 ** 63 - 1, kind=int)
 
 
 def experiment_parser(file, doc):
@@ -1402,34 +1226,30 @@ def experiment_parser(file, doc):
     parser = Parser(doc)
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=integer(0), default=1, help="seeds weights, shuffling, augmentation and attacks")
-    add("--out", metavar="DIR", help="run folder; by default named after method, data, network, β "
-        "and seed; under torchrun on several machines, on a disk that all share")
+    add("--out", metavar="DIR", help="run folder; by default named after what matters, with a hash of it all")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="auto: bf16 on CUDA, on a CPU what a short measurement finds faster; kept for the run")
+        help="auto: bf16 on CUDA, on a "
+        "CPU what a short measurement finds faster; kept for the run")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on CUDA only")
     parser.set_defaults(method=Path(file).stem.removeprefix("train_"), script=str(Path(file).resolve()))
     return parser
 
 
 def training_parser(file, doc, quick=None, **defaults):
-    """What the CIFAR scripts take besides their method's own arguments.
-
-    `defaults` override the paper's TRADES setting. `quick` adds to what --quick sets.
-    """
+    """What the CIFAR scripts take. `defaults` override the paper's, `quick` adds to what --quick sets."""
     parser = experiment_parser(file, doc)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="cifar10", metavar="NAME", help="cifar10, cifar100, synthetic, or a NAME.npz")
     add("--data-dir", default="data", metavar="DIR", help="where data sets are, or are downloaded to")
     add("--train-size", type=integer(), metavar="N", help="train on N random images, drawn with --seed")
-    add("--val-size", type=integer(0), default=0, metavar="N", help="hold out N random training images to "
-        "monitor, and so to choose best.pt on; 0: test images, the paper's choice")
+    add("--val-size", type=integer(0), default=0, metavar="N", help="hold out N random training images, and "
+        "choose best.pt on them; 0: on test images, as the paper does")
     add("--no-flip", action="store_true", help="do not mirror training images (digits, say)")
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=NETWORKS, default="wrn", help="WideResNet, DenseNet-BC or PreActResNet")
-    add("--depth", type=integer(), help="layers; wrn 34, densenet 40, preact 18 unless given")
-    add("--width", type=number(above=True), help="widening factor, or a DenseNet's growth rate; wrn 10, "
-        "densenet 12, preact 1 unless given")
+    add("--depth", type=integer(), help="layers; wrn 34, densenet 40, preact 18")
+    add("--width", type=number(above=True), help="factor, or growth rate; wrn 10, densenet 12, preact 1")
     add("--activation", choices=ACTIVATIONS, default="relu", help="of every layer; the paper's is ReLU")
     add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add = parser.add_argument_group("optimization").add_argument
@@ -1443,16 +1263,12 @@ def training_parser(file, doc, quick=None, **defaults):
     add("--eval-every", type=integer(), default=1, metavar="N", help="epochs between monitor evaluations")
     add("--eval-size", type=integer(), default=1000, metavar="N", help="test images in a monitor evaluation")
     add("--test-size", type=integer(), metavar="N", help="random test images in metrics.json; by default all")
-    add("--quick", action="store_true", help="a first look: synthetic data, WRN-10-1, a minute on two cores; "
-        "options beside it win")
+    add("--quick", action="store_true", help="a first look: synthetic data, WRN-10-1; options beside it win")
     parser.set_defaults(**defaults)
-    parser.quick = {**QUICK, **(quick or {})}
+    parser.quick = {"dataset": "synthetic", "depth": 10, "width": 1, "epochs": 8, "train_size": 3000,
+                    "lr": 0.2, "schedule": "one-cycle", "batch_size": 64, "steps": 2, "step_size": 0.016,
+                    "eval_every": 4, "eval_size": 200, "compile": "off", **(quick or {})}
     return parser
-
-
-QUICK = {"dataset": "synthetic", "depth": 10, "width": 1, "epochs": 8, "train_size": 3000, "batch_size": 64,
-         "lr": 0.2, "schedule": "one-cycle", "steps": 2, "step_size": 0.016, "eval_every": 4,
-         "eval_size": 200, "compile": "off"}  # compiling would take longer than training
 
 
 def start(parser, argv):
@@ -1461,9 +1277,6 @@ def start(parser, argv):
         parser.set_defaults(**getattr(parser, "quick", {}))
     args = parser.parse_args(argv)
     device = connect(args, pick_device(args.device))
-    if device.type != "cuda":
-        say(f"no CUDA device in use: training on the {device.type} ({torch.get_num_threads()} threads), "
-            "which is slow for a large network; the speed and the time left follow")
     if hasattr(args, "arch"):
         depth, width = NETWORKS[args.arch].usual
         args.depth, args.width = args.depth or depth, args.width or width

@@ -1,31 +1,21 @@
-"""Lemma 4.2, measured: how the input gradient of a deep ReLU network grows with its width m and depth H.
+"""Lemma 4.2, measured: the input gradient of a deep ReLU network beside its bound O(√(mH)), width m, depth H.
 
-    python theory_check.py                                      # three regimes; 11 s of an AMD EPYC's core
+    python theory_check.py                                      # a table; 5 s of an AMD EPYC's core
     python theory_check.py --plot lemma.png --json lemma.json   # with the figure and every number
-    python theory_check.py --eps 0.1 1 --radius 0.1 1           # in two balls larger than the lemma's
+    python theory_check.py --eps 1 --radius 1                   # in a larger ball
 
-The lemma: ‖∇ₓL(f(x'), y)‖₂ = O(√(mH)) for every x' in B(x, ε) and all W within R/√m of their initialization,
-in Frobenius norm, each layer. It assumes m ≥ max(d, Ω(H log H)) and R/√m + ε ≤ c / (H⁶ (log m)³). It gives
-no constants: Ω(H log H) is read as H log H here, and c is --c.
+The lemma: ‖∇ₓL(f(x'), y)‖₂ = O(√(mH)) for all x' within ε of x and W within R/√m of initialization (ℓ2;
+Frobenius, each layer), if m ≥ max(d, Ω(H log H)) and R/√m + ε ≤ c/(H⁶ (log m)³). Measured is ‖∇ₓf‖₂, as in
+its proof: ‖∇ₓL‖₂ is at most that for every loss with |L'| ≤ 1, such as the logistic one. All is float64.
 
-Regimes: "lemma" is the lemma's initialization at a fixed input size d. "d=m" is the same with d = m. "fan-in"
-scales the first layer by its fan-in, as libraries do, which the lemma does not cover.
+Networks: "lemma" is the lemma's, at a fixed input size d. "d=m" is the same with d = m. "fan-in" scales the
+first layer by its fan-in, as libraries do, which the lemma does not cover. Norms are medians over seeds and
+points x. "trained": after adversarial training in B(R), the largest that a search of B(x, ε) finds, a lower
+bound. m^ and H^ are exponents: the slope of log norm in log m or log H, ± Student's 95 % interval over seeds.
 
-Situations: at initialization; at x' searched for in B(x, ε); there again after adversarial training in B(R).
-The last two are measured within the lemma's limit, half of it ε and half R/√m, and in the balls of --eps and
---radius. A search samples B(x, ε) and ascends the loss. What it finds is a lower bound of the largest.
-
-Exponents: the slope of log(median ‖∇ₓf‖₂ over the points) against log m, or log H. H stays at the middle of
---depths while m varies, and m at the middle of --widths (of two, the smaller). Each seed draws new weights
-and points. The table has the mean over seeds ± 2 standard errors. Above 0.5, ‖∇f‖ outgrew √m or √H.
-All is float64: the lemma's limit is 2e-8 at H = 8, m = 256.
-
-Found at initialization: at a fixed d the gradient is flat in m (exponent 0.04 ± 0.06). It grows as √m where
-d = m (0.53 ± 0.05), and where the first layer has fan-in scale (0.51 ± 0.06). It is flat in H everywhere.
-Within the limit neither x' nor W moves an exponent by more than 0.001. So the bound holds, with a constant of
-1.0, and is loose: its √H is slack, and so is its √m at a fixed d.
+Found: the bound holds with a constant near 1, and is loose. The gradient is flat in H, and in m at a fixed d.
+It grows as √m where d = m, and where the first layer has fan-in scale. Training changes none of it.
 """
-import io
 import math
 import time
 from pathlib import Path
@@ -35,22 +25,18 @@ import torch
 import torch.nn.functional as F
 from common import UserError, integer, number, say
 
-REGIMES = ("lemma", "d=m", "fan-in")
-INITIAL = "at initialization"
+NETWORKS = ("lemma", "d=m", "fan-in")
 
-# ------------------------------------------------------------------------------------------------ the network
+# -------------------------------------------------------------------------------- the network, the adversary
 
 
 def normal(generator, *shape):
     return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float64)
 
 
-def draw_network(regime, m, d, depth, generator):
-    """Weights at initialization (Lemma 4.2): a list of W⁽¹⁾ [m, d], W⁽²⁾ ... W⁽ᴴ⁾ [m, m], and a [m].
-
-    W⁽ʰ⁾ ~ N(0, 2/m) and a ~ N(0, 1). In the regime "fan-in" W⁽¹⁾ ~ N(0, 2/d).
-    """
-    first = math.sqrt(2 / (d if regime == "fan-in" else m)) * normal(generator, m, d)
+def draw_network(name, m, d, depth, generator):
+    """Weights at initialization: a list of W⁽¹⁾ [m, d], W⁽²⁾ ... W⁽ᴴ⁾ [m, m], and a [m]."""
+    first = math.sqrt(2 / (d if name == "fan-in" else m)) * normal(generator, m, d)
     others = [math.sqrt(2 / m) * normal(generator, m, m) for _ in range(depth - 1)]
     return [first, *others], normal(generator, m)
 
@@ -69,15 +55,6 @@ def input_gradient(layers, a, x):
     return f.detach(), torch.autograd.grad(f.sum(), x)[0]
 
 
-def gradient_norms(f, gradient):
-    """‖∇ₓf‖₂ and ‖∇ₓL‖₂, [2, ...]. L is the logistic loss of the worse label: the lemma holds for both."""
-    norm = gradient.norm(dim=-1)
-    return torch.stack([norm, torch.sigmoid(f.abs()) * norm])
-
-
-# --------------------------------------------------------------------------------------------- the adversary
-
-
 def step(offset, slope, radius, dims):
     """Add half a radius along the slope to `offset`, then project onto B(0, radius). Norms span `dims`."""
     def norm(z):
@@ -87,8 +64,8 @@ def step(offset, slope, radius, dims):
     return moved * (radius / norm(moved)).clamp_max(1)
 
 
-def search_input(layers, a, x, eps, generator, starts=4, steps=2):
-    """The largest `gradient_norms` found in B(x, ε): lower bounds of the largest there. x [N, d] → [2, N].
+def search(layers, a, x, eps, generator, starts=4, steps=2):
+    """The largest ‖∇ₓf‖₂ [N] found in B(x, ε), a lower bound of the largest there. x [N, d].
 
     Looks at x, at `starts` random points of the ball, and along a gradient ascent of |f| from each of them.
     f is linear in pieces, so ‖∇ₓf‖ itself has no slope. To ascend |f| is to attack the worse label's loss.
@@ -100,7 +77,7 @@ def search_input(layers, a, x, eps, generator, starts=4, steps=2):
     best = 0
     for _ in range(1 + steps):
         f, gradient = input_gradient(layers, a, x + offset)
-        best = gradient_norms(f, gradient).amax(1).clamp_min(best)
+        best = gradient.norm(dim=-1).amax(0).clamp_min(best)
         offset = step(offset, f.sign()[..., None] * gradient, eps, -1)
     return best
 
@@ -109,8 +86,7 @@ def train(layers, a, x, y, eps, radius, steps=3):
     """Adversarial training in B(R): the layers after projected gradient steps on the logistic loss at x'.
 
     x' is ε along the loss's gradient from x, the worst of B(x, ε) where f is linear. A step is half a radius
-    long in each layer, so that W crosses B(R) however small it is.
-    x [N, d]; y [N] of ±1; eps is ε; radius is R/√m.
+    long in each layer, so that W crosses B(R) however small it is. radius is R/√m; x [N, d]; y [N] of ±1.
     """
     offsets = [torch.zeros_like(w) for w in layers]
     for _ in range(steps):
@@ -126,103 +102,97 @@ def train(layers, a, x, y, eps, radius, steps=3):
 # -------------------------------------------------------------------------------------------- the measurement
 
 
-def situations(regime, m, d, depth, balls, points, generator):
-    """Draw a network and its points: `gradient_norms` [2, N] by (situation, ε, R/√m)."""
-    layers, a = draw_network(regime, m, d, depth, generator)
-    x = F.normalize(normal(generator, points, d), dim=-1)
-    y = (x @ normal(generator, d)).sign()  # the task to train on: a linear teacher
-    found = {(INITIAL, 0.0, 0.0): gradient_norms(*input_gradient(layers, a, x))}
-    for x_name, w_name, eps, radius in balls:
-        trained = train(layers, a, x, y, eps, radius)
-        found[f"x' searched, {x_name}", eps, 0.0] = search_input(layers, a, x, eps, generator)
-        found[f"W trained, {w_name}", eps, radius] = search_input(trained, a, x, eps, generator)
-    return found
-
-
-def measure(regime, m, depth, args, generator):
-    """Measure one size of one regime: for each situation a dict of what JSON reports of all seeds."""
-    d = m if regime == "d=m" else args.inputs
-    limit = args.c / (depth ** 6 * math.log(m) ** 3)
-    balls = [("within the limit", "within the limit", limit / 2, limit / 2)]
-    balls += [(f"ε {eps:g}", f"ε {eps:g}, R/√m {radius:g}", eps, radius)
-              for eps, radius in zip(args.eps, args.radius)]
-    seeds = [situations(regime, m, d, depth, balls, args.points, generator) for _ in range(args.seeds)]
-    rows = []
-    for situation, eps, radius in seeds[0]:
-        f, loss = torch.stack([norms[situation, eps, radius] for norms in seeds], dim=1).cpu()  # [seeds, N]
-        met = regime != "fan-in" and m >= max(d, depth * math.log(depth)) and eps + radius <= limit
-        rows.append({"situation": situation, "m": m, "depth": depth, "d": d, "eps": eps, "radius": radius,
-                     "assumptions_met": met, "points": f.numel(), "median": f.quantile(0.5).item(),
-                     "medians": f.quantile(0.5, dim=1).tolist(),  # a seed each
-                     "max_ratio": loss.max().item() / math.sqrt(m * depth)})
-    return rows
+def measure(name, m, depth, args, generator):
+    """‖∇ₓf‖₂ [2, seeds, points] of one size: at x at initialization, and by a `search` after training."""
+    found, d = [], m if name == "d=m" else args.inputs
+    for _ in range(args.seeds):
+        layers, a = draw_network(name, m, d, depth, generator)
+        x = F.normalize(normal(generator, args.points, d), dim=-1)
+        y = (x @ normal(generator, d)).sign()  # the task to train on: a linear teacher
+        trained = train(layers, a, x, y, args.eps, args.radius)
+        found.append(torch.stack([input_gradient(layers, a, x)[1].norm(dim=-1),
+                                  search(trained, a, x, args.eps, generator)]))
+    return torch.stack(found, dim=1).cpu()
 
 
 def exponent(sizes, medians):
-    """The slope of log medians [sizes, seeds] in log size: mean over seeds, ± 2 standard errors.
+    """The slope of log medians [sizes, seeds] in log size: mean over seeds, and half its 95 % interval.
 
     Raises UserError if a median is 0 or not finite.
     """
     log_size = torch.tensor(sizes, dtype=torch.float64).log()
     log_size -= log_size.mean()
-    log_norm = torch.tensor(medians, dtype=torch.float64).log()
+    log_norm = torch.as_tensor(medians, dtype=torch.float64).log()
     if not log_norm.isfinite().all():
         raise UserError("a median gradient is 0 or not finite: take larger --widths, or a smaller --radius")
     slopes = (log_size[:, None] * log_norm).sum(0) / log_size.square().sum()
-    mean, error = slopes.mean().item(), slopes.std().item() / math.sqrt(len(slopes))
-    return mean, [mean - 2 * error, mean + 2 * error]
+    n = len(slopes)
+    return slopes.mean().item(), common.student(n) * slopes.std().item() / math.sqrt(n)
 
 
-def fit(rows, width_sweep, depth_sweep):
-    """One situation over all sizes: its two exponents with their intervals, and its largest ratio."""
-    medians = {(row["m"], row["depth"]): row["medians"] for row in rows}
-    m, m_ci = exponent([m for m, _ in width_sweep], [medians[size] for size in width_sweep])
-    h, h_ci = exponent([depth for _, depth in depth_sweep], [medians[size] for size in depth_sweep])
-    return {"situation": rows[0]["situation"], "exponent_m": m, "exponent_m_ci": m_ci, "exponent_h": h,
-            "exponent_h_ci": h_ci, "max_ratio": max(row["max_ratio"] for row in rows)}
+def growth(norms, sweep, axis, name, place):
+    """`exponent` of a network's norms at a place, in m (axis 0) or H (axis 1)."""
+    medians = [norms[name, *size][place].quantile(0.5, -1).tolist() for size in sweep]
+    return exponent([size[axis] for size in sweep], medians)
 
 
-def verdict(rows, initial):
-    """One line: the constant of the bound where its assumptions hold, and the growth at initialization."""
-    met = [row for row in rows if row["assumptions_met"]]
-    said = "no size meets the assumptions"
-    if met:
-        said = (f"‖∇L‖ ≤ {max(row['max_ratio'] for row in met):.3g}·√(mH) at all "
-                f"{sum(row['points'] for row in met):,} points under the assumptions")
-    growth = []
-    for (low, high), root in (initial["exponent_m_ci"], "√m"), (initial["exponent_h_ci"], "√H"):
-        how = "slower than" if high < 0.5 else "faster than" if low > 0.5 else "compatible with"
-        growth.append(f"{how} {root}")
-    return f"{said}; at initialization {', '.join(growth)}"
+def ratio(norms, name, place=slice(None)):
+    """The largest ‖∇ₓf‖₂/√(mH) of a network at a place, or at any, over all its sizes, seeds and points."""
+    return max((norm[place].max() / math.sqrt(m * depth)).item()
+               for (other, m, depth), norm in norms.items() if other == name)
 
 
-def plot(path, regimes, width_sweep, depth_sweep):
-    """Draw median ‖∇ₓf‖₂ against m and H: each regime at initialization and, dotted, its last situation."""
+def table(norms, sweeps, args):
+    """Lines of text: the medians by size, below them the exponents, at the end the largest ratios."""
+    def line(head, bound, cells):
+        cells = [f"{cell:>13}" for cell in cells]
+        return f"{head:<14}{bound:>7} |{''.join(cells[:3])} |{''.join(cells[3:])}"
+
+    columns = [(name, place) for place in (0, 1) for name in NETWORKS]
+    trained = f"trained, R/√m = {args.radius:g}, ε = {args.eps:g}"
+    yield f"{'':21} |{'at initialization':^39} |{trained:^39}".rstrip()
+    for axis, sweep in enumerate(sweeps):
+        head = f"{'mH'[axis]} ({'Hm'[axis]} = {sweep[0][1 - axis]})"
+        yield line(head, "√(mH)", [name for name, _ in columns])
+        for size in sweep:
+            yield line(f"{size[axis]:>5}", f"{math.sqrt(math.prod(size)):.1f}",
+                       [f"{norms[name, *size][place].median():.2f}" for name, place in columns])
+        found = [growth(norms, sweep, axis, *column) for column in columns]
+        yield line(f"   {'mH'[axis]}^", "0.50", [f"{slope:.2f} ±{error:.2f}" for slope, error in found])
+        yield ""
+    yield line("largest/√(mH)", "1", [f"{ratio(norms, *column):.2f}" for column in columns])
+
+
+def summary(norms, sweeps, name):
+    """What --json has of a network: its growth at initialization, a line of words, every norm."""
+    found = {"name": name, "max_ratio": ratio(norms, name)}
+    said = f"‖∇ₓf‖₂ ≤ {found['max_ratio']:.2f}·√(mH); it grows"
+    for axis, letter in enumerate("mH"):
+        value, error = growth(norms, sweeps[axis], axis, name, 0)
+        key, low, high = f"exponent_{letter.lower()}", value - error, value + error
+        found |= {key: value, f"{key}_ci": [low, high]}
+        said += f" {'slower than' if high < 0.5 else 'faster than' if low > 0.5 else 'as'} √{letter},"
+    sizes = [{"m": size[0], "depth": size[1], "initial, trained": norm.tolist()}
+             for (other, *size), norm in norms.items() if other == name]
+    return {**found, "verdict": said[:-1], "norms": sizes}
+
+
+def plot(path, norms, sweeps):
+    """Draw median ‖∇ₓf‖₂ against m and H: each network at initialization and, dotted, trained."""
     from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    labels = f"width m (H = {width_sweep[0][1]})", f"depth H (m = {depth_sweep[0][0]})"
-    for axis, (panel, sweep) in enumerate(zip(panels, (width_sweep, depth_sweep))):
+    for axis, (panel, sweep) in enumerate(zip(figure.subplots(1, 2, sharey=True), sweeps)):
         sizes = [size[axis] for size in sweep]
         panel.plot(sizes, [math.sqrt(m * depth) for m, depth in sweep], "k--", label="√(mH)")
-        for regime, colour in zip(regimes, ("tab:blue", "tab:orange", "tab:green")):
-            for fitted, marker in (regime["fits"][0], "o-"), (regime["fits"][-1], "s:"):
-                medians = {(row["m"], row["depth"]): row["median"] for row in regime["measurements"]
-                           if row["situation"] == fitted["situation"]}
-                panel.plot(sizes, [medians[size] for size in sweep], marker, color=colour,
-                           label=f"{regime['name']}, {fitted['situation']}")
-        panel.set(xscale="log", yscale="log", xlabel=labels[axis])
-        panel.set_xticks(sizes, sizes)
+        for i, name in enumerate(NETWORKS):
+            for place, marker, said in (0, "o-", "at initialization"), (1, "s:", "trained"):
+                medians = [norms[name, *size][place].median() for size in sweep]
+                panel.plot(sizes, medians, marker, color=f"C{i}", label=f"{name}, {said}")
+        panel.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes, ylabel="median ‖∇ₓf‖₂",
+                  xlabel=f"{('width m', 'depth H')[axis]} ({'Hm'[axis]} = {sweep[0][1 - axis]})")
         panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    panels[0].set_ylabel("‖∇ₓf‖₂, median")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix[1:], dpi=200)
-    common.write_file(path, content.getvalue())
-
-
-# ------------------------------------------------------------------------------------------------------- main
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.savefig(path, dpi=200)
 
 
 def parse(argv):
@@ -233,27 +203,22 @@ def parse(argv):
     add("--inputs", type=integer(1), default=64, metavar="D", help="input size d, where it is fixed")
     add("--points", type=integer(1), default=8, metavar="N", help="unit vectors x for each network")
     add("--seeds", type=integer(2), default=8, metavar="N", help="networks of each size")
-    add("--eps", type=number(), nargs="+", default=[0.1], metavar="E", help="ε, the ℓ2 radius around x")
-    add("--radius", type=number(), nargs="+", default=[0.1], metavar="R",
-        help="R/√m, the Frobenius radius around each layer's initialization, one for each --eps")
-    add("--c", type=number(above=True), default=1.0, help="the c of R/√m + ε ≤ c / (H⁶ (log m)³)")
+    add("--eps", type=number(), default=0.1, help="ε, the ℓ2 radius around x, beyond the lemma's")
+    add("--radius", type=number(), default=0.1, help="R/√m, the Frobenius radius of each layer, likewise")
     add("--json", metavar="FILE", help="write every number to FILE")
-    add("--plot", metavar="FILE", help="draw the norms to FILE, a .png, .pdf or .svg (needs matplotlib)")
+    add("--plot", metavar="FILE", help="draw the norms to FILE, such as a .png or .pdf (needs matplotlib)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     args.widths, args.depths = sorted(set(args.widths)), sorted(set(args.depths))
     for option, sizes in (("--widths", args.widths), ("--depths", args.depths)):
         if len(sizes) < 2:
             raise UserError(f"{option} {sizes[0]}: an exponent needs at least two different values")
-    if len(args.eps) != len(args.radius):
-        raise UserError(f"{len(args.eps)} --eps and {len(args.radius)} --radius: give as many of each")
+    if args.widths[0] < (least := max(args.inputs, args.depths[-1] * math.log(args.depths[-1]))):
+        common.warn(f"the lemma assumes m ≥ max(d, H log H), here {least:.0f}")
     if args.plot:
-        if Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--plot {args.plot}: the name must end in .png, .pdf or .svg")
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+        if not (args.plot.endswith((".png", ".pdf", ".svg")) and Path(args.plot).absolute().parent.is_dir()):
+            raise UserError(f"--plot {args.plot}: must be a .png, .pdf or .svg in a folder that is there")
+        import matplotlib  # noqa: F401  what is missing shows at once
     return args
 
 
@@ -261,29 +226,22 @@ def main(argv):
     args, began = parse(argv), time.perf_counter()
     generator = torch.Generator(common.pick_device(args.device)).manual_seed(0)
     middle_m, middle_depth = (sizes[(len(sizes) - 1) // 2] for sizes in (args.widths, args.depths))
-    width_sweep = [(m, middle_depth) for m in args.widths]
-    depth_sweep = [(middle_m, depth) for depth in args.depths]
-    regimes = []
-    for name in REGIMES:
-        rows = [row for m, depth in dict.fromkeys(width_sweep + depth_sweep)
-                for row in measure(name, m, depth, args, generator)]
-        fits = [fit([row for row in rows if row["situation"] == situation], width_sweep, depth_sweep)
-                for situation in dict.fromkeys(row["situation"] for row in rows)]
-        regimes.append({"name": name, **fits[0], "max_ratio": max(fitted["max_ratio"] for fitted in fits),
-                        "verdict": verdict(rows, fits[0]), "fits": fits, "measurements": rows})
-        say(f"{name:<32}{f'exponent in m (H = {middle_depth})':>26}{f'exponent in H (m = {middle_m})':>26}"
-            f"{'max ratio':>12}")
-        for fitted in fits:
-            m, h = (f"{fitted[key]:.2f} [{fitted[key + '_ci'][0]:.2f}, {fitted[key + '_ci'][1]:.2f}]"
-                    for key in ("exponent_m", "exponent_h"))
-            say(f"  {fitted['situation']:<30}{m:>26}{h:>26}{fitted['max_ratio']:>12.3g}")
-        say(f"  {regimes[-1]['verdict']}\n")
-    seconds = time.perf_counter() - began
+    sweeps = [(m, middle_depth) for m in args.widths], [(middle_m, depth) for depth in args.depths]
+    sizes = [*dict.fromkeys(sweeps[0] + sweeps[1])]
+    norms = {(name, *size): measure(name, *size, args, generator) for name in NETWORKS for size in sizes}
+    regimes = [summary(norms, sweeps, name) for name in NETWORKS]
+    say(f"Median ‖∇ₓf‖₂ of {args.seeds} networks at {args.points} points, and the √(mH) of its bound\n")
+    for line in table(norms, sweeps, args):
+        say(line)
+    say(f"\nThe lemma's ball is within that of training: R/√m + ε ≤ 1/(H⁶ (log m)³) = "
+        f"{max(1 / (depth ** 6 * math.log(m) ** 3) for m, depth in sizes):.0e} at most, for c = 1")
+    for regime in regimes:
+        say(f"{regime['name']:>8}: {regime['verdict']}")
     if args.plot:
-        plot(args.plot, regimes, width_sweep, depth_sweep)
+        plot(args.plot, norms, sweeps)
     if args.json:
-        common.write_json(args.json, {"settings": vars(args), "seconds": seconds, "regimes": regimes})
-    say(f"{common.duration(seconds)} on {generator.device.type}")
+        common.write_json(args.json, {"settings": vars(args), "regimes": regimes})
+    say(f"{common.duration(time.perf_counter() - began)} on {generator.device.type}")
 
 
 if __name__ == "__main__":

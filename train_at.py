@@ -47,7 +47,7 @@ def main(argv):
     optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov)
     attack = Attack("cross-entropy", "linf", args.eps, args.step_size, args.steps, start="gaussian")
     run = common.Run(args, data, model=model, optimizer=optimizer)
-    common.set_execution(args, data.x_train[:args.batch_size], model)
+    common.set_execution(args, data.x_train, model)  # a resumed run keeps its precision
 
     for epoch in run.epochs():
         lr = args.lr * common.SCHEDULES[args.schedule](epoch, args.epochs)

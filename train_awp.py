@@ -73,12 +73,12 @@ def main(argv):
     optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov)
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     attack = Attack("kl", "linf", args.eps, args.step_size, args.steps, start="gaussian")
-    schedules = {**common.SCHEDULES, "step": lambda epoch, epochs: common.step(epoch, epochs, (0.5, 0.75))}
+    steps = {"step": lambda epoch, epochs: 0.1 ** sum(epoch >= share * epochs for share in (0.5, 0.75))}
     run = common.Run(args, data, model=model, optimizer=optimizer)
-    common.set_execution(args, data.x_train[:args.batch_size], model)
+    common.set_execution(args, data.x_train, model)  # a resumed run keeps its precision
 
     for epoch in run.epochs():
-        lr = args.lr * schedules[args.schedule](epoch, args.epochs)
+        lr = args.lr * {**common.SCHEDULES, **steps}[args.schedule](epoch, args.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
         for x, y in common.batches(data, args.batch_size, not args.no_flip):

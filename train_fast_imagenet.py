@@ -11,18 +11,16 @@ A trial on a CPU, with CIFAR-10 as a tree of folders:
 
 Loss: cross-entropy of x̂, one signed-gradient step (FGSM) of 1.25·ε from a uniform start in the ε-ball. That
 is plain Fast AT, `--beta 1`, without a clean pass. Any other β is the generalized adversarial training of
-App. D: natural risk + β·mean max(L(x̂) - L(x), 0). At β = 1 the latter would be mean max(L(x̂), L(x)): the
-same where the attack succeeds.
+App. D: natural risk + β·mean max(L(x̂) - L(x), 0).
 
 In training the attack sees the network in train mode, as in Wong et al. In the first steps BatchNorm's
 running averages lag far behind the weights, and gradients in eval mode explode. Validation is in eval mode.
 
-Worker processes read the images. They decode a JPEG at 1/2, 1/4 or 1/8 of its size where a phase needs no
-more, so that no separate pass over the disk resizes the images. Measured on 150 ImageNet images of short side
-224: 270, 160 and 260 images per CPU second in phases 1, 2 and 3 (AMD EPYC, its cores busy with other work).
+Worker processes read the images, 270, 160 and 260 a CPU second in phases 1, 2 and 3 (AMD EPYC).
 """
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import common  # before PyTorch: it says how threads wait
@@ -30,11 +28,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import v2
-from common import WORLD, Attack, UserError, cross_entropy_to, integer, number, perturb_start, project, say
+from common import (RANK, WORLD, Attack, UserError, cross_entropy_to, integer, number, perturb_start, project,
+                    say)
 
 
 @dataclass
@@ -85,75 +84,59 @@ class WideResNet50(ResNet):
 # ------------------------------------------------------------------------------------------------------- data
 
 
-def read(path, side):
-    """The image in a file as RGB, for use at a short side of `side` pixels (0: its own). Alpha is dropped.
+def read(path, side, least):
+    """The image in a file as RGB, its short side `side` pixels (0: as it is), but `least` at the least."""
+    try:
+        with Image.open(path) as image:
+            if side:  # of a JPEG, decode 1/2, 1/4 or 1/8 of the pixels where that will do
+                image.draft("RGB", (max(side, least),) * 2)
+            if image.mode[0] in "IF":  # conversion would clip it
+                raise ValueError(f"its mode {image.mode} has no known range; make it 8 bits")
+            image = image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
+    except Exception as error:  # broken images fail in many ways
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return v2.functional.resize(image, [max(side or min(image.size), least)])
 
-    Deep grayscale becomes 8 bits by its range. Where the file format does not tell it, that is an error.
-    """
-    with Image.open(path) as image:
-        if side:  # of a JPEG, decode 1/2, 1/4 or 1/8 of the pixels where that will do
-            image.draft("RGB", (side, side))
-        if image.mode.startswith("I") and image.format in ("PNG", "PPM"):  # Pillow gives 0..65535
-            image = Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))
-        elif image.mode[0] in "IF":
-            raise ValueError(f"a {image.format} of mode {image.mode} has no known range; make it 8 bits")
-        return image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
 
-
-class Split(ImageFolder):
-    """DIR/train or DIR/val, a folder per class. An item is a crop, uint8 [3, crop, crop], and its label.
+def batches(images, phase, order, args, device, training=False):
+    """(x [B, 3, crop, crop] in [0, 1], y [B]) on the device of each row of image numbers in `order`.
 
     In training a crop has 8-100 % of the area anywhere, at an aspect ratio of 3/4 to 4/3, and is mirrored
-    half the time. It follows from (seed, epoch) and the image's number, not from the worker process that
-    makes it. Without a seed it is the middle, for which a smaller image is enlarged. Raises UserError.
+    half the time. Else it is the middle, for which a smaller image is enlarged.
     """
+    random = [v2.RandomResizedCrop(phase.crop), v2.RandomHorizontalFlip()]
+    images.transform = v2.Compose([*(random if training else [v2.CenterCrop(phase.crop)]), v2.PILToTensor()])
+    images.loader = partial(read, side=phase.short_side, least=0 if training else phase.crop)
+    loader = DataLoader(images, batch_sampler=[row.tolist() for row in order],
+                        num_workers=-(-args.workers // WORLD), pin_memory=device.type == "cuda")
+    try:
+        for x, y in loader:
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            yield common.to_float(x.contiguous(memory_format=torch.channels_last)), y
+    except UserError as error:  # a worker's comes at the end of its traceback
+        raise UserError(str(error).splitlines()[-1].removeprefix("common.UserError: ")) from None
 
-    def __init__(self, root):
-        try:
-            super().__init__(root)
-        except (OSError, ValueError) as error:  # a folder is missing or empty
-            raise UserError(f"{error}; DIR must hold train/ and val/, each a folder per class") from None
+
+class Folders(ImageFolder):
+    """Images in a folder for each class, but for hidden folders such as .ipynb_checkpoints."""
 
     def find_classes(self, directory):
         classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        return classes, {name: label for label, name in enumerate(classes)}
-
-    def __getitem__(self, i):
-        (path, label), least = self.samples[i], 0 if self.seed else self.phase.crop
-        try:
-            image = read(path, self.phase.short_side and max(self.phase.short_side, least))
-        except Exception as error:  # broken images fail in many ways
-            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-        image = v2.functional.resize(image, [max(self.phase.short_side or min(image.size), least)])
-        number = np.random.SeedSequence((*self.seed, i)).generate_state(1)[0]
-        with common.fixed_seed(int(number), torch.device("cpu")):
-            return self.transform(image), label
-
-    def batches(self, phase, order, args, device, seed=()):
-        """(x [B, 3, crop, crop] in [0, 1], y [B]) on the device of each row of image numbers in `order`."""
-        self.phase, self.seed = phase, seed
-        random = [v2.RandomResizedCrop(phase.crop), v2.RandomHorizontalFlip()]
-        self.transform = v2.Compose([*(random if seed else [v2.CenterCrop(phase.crop)]), v2.PILToTensor()])
-        loader = DataLoader(self, batch_sampler=[row.tolist() for row in order],
-                            num_workers=-(-args.workers // WORLD), pin_memory=device.type == "cuda")
-        try:
-            for x, y in loader:
-                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-                yield common.to_float(x.contiguous(memory_format=torch.channels_last)), y
-        except UserError as error:  # a worker's comes at the end of its traceback
-            raise UserError(str(error).splitlines()[-1].removeprefix("common.UserError: ")) from None
+        return classes, {name: i for i, name in enumerate(classes)}
 
 
 def load(args):
-    """(training images, validation images), of the same classes; or UserError.
+    """(training images, validation images) of the same classes, `Folders`; or UserError.
 
     The former's hash stands for the names of all files, not for what they hold: that takes long to read.
     """
     root = Path(args.data_dir).expanduser()
-    train, val = Split(root / "train"), Split(root / "val")
+    try:
+        train, val = Folders(root / "train"), Folders(root / "val")
+    except (OSError, ValueError) as error:  # a folder is missing or empty
+        raise UserError(f"{error}; DIR must hold train/ and val/, each a folder per class") from None
     if odd := {*train.classes} ^ {*val.classes}:
-        raise UserError(f"{root}: train/ and val/ hold different classes; "
-                        f"only one of them has {', '.join(sorted(odd)[:5])}")
+        raise UserError(f"{root}: only one of train/ and val/ has {', '.join(sorted(odd)[:5])}")
     names = [path.removeprefix(str(root)) for path, _ in train.samples + val.samples]
     train.hash = common.hashed(os.fsencode("\n".join(names)))
     n, least = args.train_size or len(train), max(args.batch_sizes)
@@ -206,31 +189,11 @@ def evaluation_attack(steps, eps, restarts=1):
     return Attack(eps=eps, step_size=min(max(1, eps / (4 / 255)) / 255, eps), steps=steps, restarts=restarts)
 
 
-def validate(model, stream, attack, single_step):
-    """`common.evaluate`, natural top-5 accuracy and robust accuracy to FGSM. stream() begins anew."""
-    right = []
-
-    def noted():
-        for x, y in stream():
-            with common.attack_mode(model), common.exact_precision(model), torch.no_grad():
-                logits = model.forward(x)  # never compiled, whatever the size of the last batch
-            right.append((logits.topk(min(5, logits.shape[1])).indices == y[:, None]).any(1))
-            yield x, y
-
-    metrics = common.evaluate(model, noted(), attack)
-    return {**metrics, "natural_top5_accuracy": torch.cat(right).double().mean().item(),
-            "fgsm_accuracy": common.evaluate(model, stream(), single_step)["robust_accuracy"]}
-
-
-def catastrophic_overfitting(log, metrics):
-    """A warning, or None: has PGD accuracy halved since its best epoch, while FGSM accuracy rose?"""
-    best = max(log, key=lambda entry: entry["robust_accuracy"], default=metrics)
-    before, now = best["robust_accuracy"], metrics["robust_accuracy"]
-    if now > min(before / 2, before - 0.02) or metrics["fgsm_accuracy"] <= best["fgsm_accuracy"]:
-        return None
-    return (f"warning: catastrophic overfitting (Wong et al. 2020): since epoch {best['epoch']} PGD accuracy "
-            f"fell from {100 * before:.2f} to {100 * now:.2f} %, while FGSM accuracy rose; "
-            f"best.pt holds epoch {best['epoch']}, a smaller --alpha or --lr may help")
+def top5_accuracy(model, stream):
+    """Share of the images whose label is among the five largest logits."""
+    right = [(common.logits_of(model, x).topk(min(5, len(model.fc.bias))).indices == y[:, None]).any(1)
+             for x, y in stream]
+    return torch.cat(right).double().mean().item()
 
 
 # ------------------------------------------------------------------------------------------------- experiment
@@ -245,9 +208,8 @@ def main(argv):
         help="each phase's short side of an image before cropping, in pixels; 0: as it is")
     add("--crops", type=integer(), default=[phase.crop for phase in PHASES], **each,
         help="each phase's crop, in pixels")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--workers", type=integer(0), default=min(cores, 16),
-        help="processes that read images, those of torchrun together; 0: none but this")
+    add("--workers", type=integer(0), default=min(os.cpu_count(), 16),
+        help="processes that read images, those of torchrun together; 0: none but this; crops depend on it")
     add = parser.add_argument_group("network and optimization").add_argument
     add("--width", type=number(1 / 64), default=1.0, help="k: the bottlenecks' inner width, times 64")
     add("--epochs", type=integer(len(PHASES)), default=15, help="passes over the data; stretches the phases")
@@ -279,17 +241,17 @@ def main(argv):
     example = torch.zeros(phases[0].batch_size, 3, phases[0].crop, phases[0].crop, dtype=torch.uint8)
     common.set_execution(args, example.to(device), model)
 
-    def test(phase, attack, order):  # in batches as in training: compiled code is there already
-        order = order.split(phase.batch_size // WORLD)
-        return validate(model, lambda: val.batches(phase, order, args, device), attack, single_step)
+    def validation(phase, n):  # in batches as in training: compiled code is there already
+        order = shuffled(len(val))[:n].split(phase.batch_size // WORLD)
+        return batches(val, phase, order, args, device)
 
     for epoch in run.epochs():
         phase = next(phase for phase in phases if epoch <= phase.end)
         if epoch - 1 in phase_ends(args.epochs):
             torch.compiler.reset()  # makes room: compiled code is for one shape, and few are kept
         steps = len(train) // phase.batch_size
-        order = torch.randperm(len(train), device=device)[:steps * phase.batch_size].view(steps, -1)
-        stream = train.batches(phase, common.own_share(order), args, device, seed=(args.seed, epoch))
+        order = common.shared_order(len(train), "cpu")[:steps * phase.batch_size].view(steps, -1)
+        stream = batches(train, phase, order[:, RANK::WORLD], args, device, training=True)
         model.train()  # for the attack, too: see above
         for step, (x, y) in enumerate(stream, 1):
             lr = args.lr * schedule((epoch - 1 + step / steps) / args.epochs, args.epochs)
@@ -302,23 +264,19 @@ def main(argv):
             common.synchronize(model)  # of torchrun's processes
             optimizer.step()
             run.record(len(x), **parts, lipschitz=lipschitz.mean())
-        metrics = common.on_first(lambda: test(phase, monitor, shuffled(len(val))[:args.eval_size]))
-        warning = catastrophic_overfitting(run.log, metrics)
+        metrics = common.evaluate(model, validation(phase, args.eval_size), monitor)
         run.end_epoch(lr=lr, beta=args.beta, **metrics)
-        if warning:
-            say(warning)
 
-    def final_test():
-        order = shuffled(len(val))[:args.test_size]
-        say(f"testing on {len(order):,} images with {report.title()}")
-        some = val.batches(phases[-1], order[:1000].split(phases[-1].batch_size // WORLD), args, device)
-        return common.on_first(lambda: {
-            **test(phases[-1], report, order),
-            "local_lipschitzness": common.local_lipschitzness(model, some, report),
-            "precision": args.precision})
+    def test():
+        say(f"testing with {report.title()}")
+        few = min(1000, args.test_size or 1000)
+        return {**common.evaluate(model, validation(phases[-1], args.test_size), report),
+                "natural_top5_accuracy": top5_accuracy(model, validation(phases[-1], args.test_size)),
+                "local_lipschitzness": common.local_lipschitzness(model, validation(phases[-1], few), report),
+                "precision": args.precision}
 
     torch.compiler.reset()  # room again: attacks in float32 come
-    run.finish(final_test, report if args.restarts else None)
+    run.finish(test, report if args.restarts else None)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def reference_log(args, data):
     here = {**vars(args), "data": data.hash}
     differing = [f"--{name.replace('_', '-')} {settings.get(name)} there, {here.get(name)} here"
                  for name in {**settings, **here}
-                 if name not in free and settings.get(name) != here.get(name)]
+                 if name not in free and not name.endswith(".py") and settings.get(name) != here.get(name)]
     if differing:
         raise UserError(f"--reference {args.reference} is another experiment: {'; '.join(differing)}")
     if len(log) < args.epochs:
@@ -102,18 +102,19 @@ def reference_log(args, data):
     return log
 
 
-def load_extra(path, data):
-    """Extra training images and (pseudo-)labels, uint8 [M, 3, H, W] and int64 [M], on the device of `data`.
+def add_extra(path, data):
+    """Extra training images and (pseudo-)labels behind those of `data`, whose hash gets theirs after a +.
 
     FILE.npz holds `image`, uint8 [M, H, W, 3], and `label`. The images must be as large as those of `data`
-    and the labels among its classes, or UserError. `data.hash` gets theirs after a +.
+    and the labels among its classes, or UserError.
     """
     x, y = common.checked(*common.read_npz(path, "image", "label"), path, "image", "label")
     if x.shape[1:3] != data.x_train.shape[2:] or y.min() < 0 or y.max() >= data.classes:
         raise UserError(f"--extra-data {path} does not go with the data set: image {list(x.shape)}, "
                         f"label {y.min()}..{y.max()}")
-    data.hash += f"+{common.hashed(x, y)}"
-    return common.to_tensors(x, y, data.x_train.device)
+    data.extra, data.hash = len(x), f"{data.hash}+{common.hashed(x, y)}"
+    x, y = common.to_tensors(x, y, data.x_train.device)
+    data.x_train, data.y_train = torch.cat([data.x_train, x]), torch.cat([data.y_train, y])
 
 
 def weight_average(model, decay, warmup):
@@ -147,7 +148,8 @@ def main(argv):
         "of this decay per step, such as 0.995")
     args, device = common.start(parser, argv)
     data = common.load_data(args.dataset, args.data_dir, device, args.train_size, args.seed, args.val_size)
-    extra = load_extra(args.extra_data, data) if args.extra_data else None
+    if args.extra_data:
+        add_extra(args.extra_data, data)
     reference = reference_log(args, data)
     model = common.build_model(args, data, device)
     optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov, not args.no_norm_decay)
@@ -159,14 +161,14 @@ def main(argv):
         tested = weight_average(model, args.ema, warmup)
         parts = {"model": tested, "raw_model": model}
     run = common.Run(args, data, **parts, optimizer=optimizer)
-    common.set_execution(args, data.x_train[:args.batch_size], *{model, tested})
+    common.set_execution(args, data.x_train, *{model, tested})  # a resumed run keeps its precision
 
     for epoch in run.epochs():
         beta = adjusted_beta(run.log, reference) if reference else args.beta
         lr = args.lr * common.SCHEDULES[args.schedule](epoch, args.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for x, y in common.batches(data, args.batch_size, not args.no_flip, extra, args.extra_fraction):
+        for x, y in common.batches(data, args.batch_size, not args.no_flip, args.extra_fraction):
             p = clean_probabilities(model, x)  # once, not in every attack step
             x_adv, lipschitz = pgd(model, x, kl_to(p), attack)
             loss, natural_risk, robust_regularization = trades_loss(

@@ -65,8 +65,8 @@ def tiny(tmp_path, write_npz, monkeypatch):
     """Arguments of two epochs of four steps on tiny.npz, into tmp_path/run; what a test appends wins."""
     for name, value in {  # sooner than the real ones
             "local_lipschitzness": partial(common.local_lipschitzness, starts=1),
-            "monitor_attack": lambda eps, norm: Attack("cross-entropy", norm, eps, eps, 4),
-            "report_attack": lambda eps, norm: Attack("cross-entropy", norm, eps, eps / 2, 4)}.items():
+            "report_attack": lambda eps, norm, step=0: Attack(norm=norm, eps=eps, step_size=eps / 2, steps=4)
+            }.items():
         monkeypatch.setattr(common, name, value)
     write_npz()
     return ["--depth", "10", "--width", "1", "--batch-size", "16", "--steps", "2", "--epochs", "2",

@@ -115,8 +115,7 @@ def watched(monkeypatch, trained, steps=2):
     monkeypatch.setattr(common, "synthetic", lambda: FEW)
     monkeypatch.setattr(common, "Run", Recorder)
     monkeypatch.setattr(Recorder, "trained", trained)
-    monkeypatch.setattr(common, "monitor_attack", lambda eps, norm: Attack(steps=1))
-    monkeypatch.setattr(common, "report_attack", lambda eps, norm: Attack(steps=1, restarts=2))
+    monkeypatch.setattr(common, "report_attack", lambda eps, norm, step=0: Attack(steps=1, restarts=2))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -137,11 +136,12 @@ def test_fast_at_stays_on_the_device(trained, monkeypatch, beta):
         def __len__(self):
             return 8
 
-        def batches(self, phase, order, args, device, seed=()):
-            batch = torch.rand(4, 3, phase.crop, phase.crop, device=CUDA), torch.zeros(4, device=CUDA).long()
-            return on_the_device(monkeypatch, iter([batch] * 2), steps=2) if seed else iter([batch])
+    def batches(images, phase, order, args, device, training=False):
+        batch = torch.rand(4, 3, phase.crop, phase.crop, device=CUDA), torch.zeros(4, device=CUDA).long()
+        return on_the_device(monkeypatch, iter([batch] * 2), steps=2) if training else iter([batch])
 
     watched(monkeypatch, trained)
+    monkeypatch.setattr(fast, "batches", batches)
     monkeypatch.setattr(fast, "load", lambda args: (Images(), Images()))
     monkeypatch.setattr(fast, "evaluation_attack", lambda *a: Attack(steps=1))
     fast.main(["DIR", "--width", "1/16", "--batch-sizes", "4", "4", "4", "--crops", "64", "64", "64",

@@ -10,10 +10,10 @@ import theory_check
 import torch
 import torch.nn.functional as F
 from common import UserError
-from theory_check import draw_network, exponent, gradient_norms, input_gradient, search_input, step, train
+from theory_check import draw_network, exponent, input_gradient, search, step, train
 
 SMALL = ["--widths", "8", "16", "--depths", "1", "2", "--inputs", "12", "--points", "4", "--seeds", "3",
-         "--eps", "0.5", "--radius", "0.5", "--c", "7"]
+         "--eps", "0.5", "--radius", "0.5"]
 
 
 def network(regime="lemma", m=16, d=6, depth=3, n=5, seed=0):
@@ -24,10 +24,10 @@ def network(regime="lemma", m=16, d=6, depth=3, n=5, seed=0):
 
 
 def norms(layers, a, x):
-    return gradient_norms(*input_gradient(layers, a, x))
+    return input_gradient(layers, a, x)[1].norm(dim=-1)
 
 
-@pytest.mark.parametrize("regime", theory_check.REGIMES)
+@pytest.mark.parametrize("regime", theory_check.NETWORKS)
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_gradient_is_the_lemmas_product_and_the_slope_of_f(regime, depth):
     layers, a, x, _ = network(regime, d=16 if regime == "d=m" else 6, depth=depth)
@@ -39,18 +39,8 @@ def test_gradient_is_the_lemmas_product_and_the_slope_of_f(regime, depth):
             h = (w @ h).clamp_min(0)
         assert torch.allclose(found, a @ product, rtol=1e-12) and torch.allclose(value, a @ h, rtol=1e-12)
         direction = torch.randn(len(point), generator=torch.Generator().manual_seed(1)).double()
-        ahead, behind = (input_gradient(layers, a, point + t * direction)[0] for t in (1e-7, -1e-7))
+        ahead, behind = (theory_check.forward(layers, a, point + t * direction) for t in (1e-7, -1e-7))
         assert (ahead - behind).item() / 2e-7 == pytest.approx((found @ direction).item(), rel=1e-5, abs=1e-6)
-
-
-def test_loss_gradient_is_that_of_the_worse_label():
-    layers, a, x, _ = network()
-    x = 20 * x  # far from f = 0, where the labels differ
-    for point, found in zip(x, norms(layers, a, x)[1]):
-        point.requires_grad_()
-        losses = [F.softplus(-y * theory_check.forward(layers, a, point)) for y in (1, -1)]
-        slopes = [torch.autograd.grad(loss, point)[0].norm().item() for loss in losses]
-        assert found.item() == pytest.approx(max(slopes), rel=1e-10) and max(slopes) > 1.01 * min(slopes)
 
 
 @pytest.mark.parametrize("regime, first", [("lemma", 2 / 400), ("fan-in", 2 / 50)])
@@ -80,7 +70,7 @@ def test_search_stays_in_its_ball_and_never_finds_less_than_at_x(eps, monkeypatc
         seen.append((points - x).norm(dim=-1))
         return input_gradient(layers, a, points)
     monkeypatch.setattr(theory_check, "input_gradient", spy)
-    found = search_input(layers, a, x, eps, generator)
+    found = search(layers, a, x, eps, generator)
     distance = torch.stack(seen)
     assert (distance <= eps * (1 + 1e-6) + 1e-15).all() and distance.max() >= 0.99 * eps
     assert (found >= norms(layers, a, x)).all() and (distance[0, 0] == 0).all()
@@ -91,11 +81,11 @@ def test_search_is_a_close_lower_bound_and_its_ascent_helps():
     disc = torch.cartesian_prod(axis, axis)
     disc = disc[disc.norm(dim=1) <= 1][:, None]
     layers, a, x, generator = network(m=24, d=2, n=20)
-    largest = norms(layers, a, x + 0.3 * disc).amax(1)  # on a grid of the whole ball
-    ratio = search_input(layers, a, x, 0.3, generator) / largest
+    largest = norms(layers, a, x + 0.3 * disc).amax(0)  # on a grid of the whole ball
+    ratio = search(layers, a, x, 0.3, generator) / largest
     assert ratio.max() < 1.02 and ratio.mean() > 0.8
     layers, a, x, generator = network(m=64, d=32, n=20)
-    ascended, sampled = (search_input(layers, a, x, 0.3, generator, steps=steps)[1] for steps in (2, 0))
+    ascended, sampled = (search(layers, a, x, 0.3, generator, steps=steps) for steps in (2, 0))
     assert (ascended / sampled).mean() > 1.05
 
 
@@ -120,10 +110,10 @@ def test_training_meets_adversarial_points_stays_in_its_ball_and_lowers_the_loss
     assert all(0.7 * radius < distance <= radius * (1 + 1e-6) for distance in moved)
 
 
-def test_exponent_recovers_powers_and_its_interval_is_two_standard_errors():
+def test_exponent_recovers_powers_and_its_interval_is_students():
     sizes, slopes = [10, 20, 40], torch.tensor([0.4, 0.5, 0.6]).double()
-    value, (low, high) = exponent(sizes, [(3 * size ** slopes).tolist() for size in sizes])
-    assert (value, low, high) == pytest.approx((0.5, 0.5 - 0.2 / 3 ** 0.5, 0.5 + 0.2 / 3 ** 0.5))
+    found = exponent(sizes, [(3 * size ** slopes).tolist() for size in sizes])
+    assert found == pytest.approx((0.5, 4.3027 * 0.1 / 3 ** 0.5), rel=1e-4)
     with pytest.raises(UserError, match="larger --widths"):
         exponent(sizes, [[0.0, 1.0, 1.0]] * 3)  # dead networks
 
@@ -132,10 +122,11 @@ def test_exponent_recovers_powers_and_its_interval_is_two_standard_errors():
 def test_exponents_at_initialization_are_those_of_theory(regime, expected):
     def median(m, depth, i):
         seed = 1000 * m + 100 * depth + i  # each network its own
-        return norms(*network(regime, m, m if regime == "d=m" else 32, depth, 8, seed)[:3])[0].median().item()
+        return norms(*network(regime, m, m if regime == "d=m" else 32, depth, 8, seed)[:3]).median().item()
     for axis, sizes in enumerate([[(64, 2), (128, 2), (256, 2)], [(128, 1), (128, 2), (128, 4)]]):
         medians = [[median(*size, i) for i in range(60)] for size in sizes]
-        _, (low, high) = exponent([size[axis] for size in sizes], medians)
+        found, error = exponent([size[axis] for size in sizes], medians)
+        low, high = found - error, found + error
         value = 0 if axis else expected
         assert low - 0.03 < value < high + 0.03 and high - low < 0.15  # 0.03: a finite width bends the powers
 
@@ -153,54 +144,21 @@ def test_json_keeps_its_contract_and_the_same_command_its_numbers(regimes, tmp_p
     assert json.loads((tmp_path / "again.json").read_text())["regimes"] == regimes
     assert [regime["name"] for regime in regimes] == ["lemma", "d=m", "fan-in"]
     for regime in regimes:
-        logs = {(row["m"], row["depth"]): torch.tensor(row["medians"]).log().mean().item()
-                for row in regime["measurements"] if row["situation"] == "at initialization"}
+        norms = {(row["m"], row["depth"]): torch.tensor(row["initial, trained"]) for row in regime["norms"]}
+        assert {*norms} == {(8, 1), (16, 1), (8, 2)} and norms[8, 1].shape == (2, 3, 4)
+        logs = {size: norm[0].quantile(0.5, dim=-1).log().mean().item() for size, norm in norms.items()}
         for key, doubled in ("exponent_m", (16, 1)), ("exponent_h", (8, 2)):  # two sizes: by hand
             assert regime[key] == pytest.approx((logs[doubled] - logs[8, 1]) / math.log(2), abs=1e-5)
             assert regime[f"{key}_ci"][0] < regime[key] < regime[f"{key}_ci"][1]
-        assert regime["max_ratio"] == max(row["max_ratio"] for row in regime["measurements"])
-        assert len(regime["fits"]) == 5 and len(regime["measurements"]) == 5 * 3
+        ratios = [(norm.max() / math.sqrt(m * depth)).item() for (m, depth), norm in norms.items()]
+        assert regime["max_ratio"] == pytest.approx(max(ratios))
+        assert f"‖∇ₓf‖₂ ≤ {max(ratios):.2f}·√(mH); it grows" in regime["verdict"]
 
 
-def test_assumptions_are_labelled_by_size_c_and_regime(regimes):
-    for regime in regimes:
-        met = []
-        for row in regime["measurements"]:
-            assert row["d"] == (row["m"] if regime["name"] == "d=m" else 12)
-            assert row["points"] == 12 and len(row["medians"]) == 3
-            limit = 7 / (row["depth"] ** 6 * math.log(row["m"]) ** 3)
-            if "within" in row["situation"]:
-                assert row["eps"] == limit / 2 and row["radius"] in (0, limit / 2)
-            inside = row["eps"] + row["radius"] <= limit and row["m"] >= row["d"]
-            assert row["assumptions_met"] == (inside and regime["name"] != "fan-in")
-            met += [row["max_ratio"]] if row["assumptions_met"] else []
-        bound = f"‖∇L‖ ≤ {max(met):.3g}·√(mH) at all {12 * len(met)} points" if met else "no size meets"
-        assert bound in regime["verdict"] and len(met) < 15
-
-
-def test_a_row_holds_the_medians_and_the_ratio_of_its_networks():
-    args = argparse.Namespace(inputs=6, points=4, seeds=3, eps=[], radius=[], c=1.0)
-    row = theory_check.measure("fan-in", 16, 4, args, torch.Generator().manual_seed(0))[0]
-    generator, ball = torch.Generator().manual_seed(0), [("", "", 1e-9, 1e-9)]
-    f, loss = torch.stack([theory_check.situations("fan-in", 16, 6, 4, ball, 4, generator)
-                           [theory_check.INITIAL, 0, 0] for _ in range(3)], dim=1)
-    assert row["medians"] == pytest.approx([values.sort().values[1:3].mean().item() for values in f])
-    assert row["max_ratio"] == pytest.approx(loss.max().item() / 8)  # √(16 · 4)
-
-
-def test_a_tiny_ball_changes_no_situation():
-    generator = torch.Generator().manual_seed(0)
-    found = theory_check.situations("lemma", 64, 32, 4, [("tiny", "tiny", 1e-7, 1e-7)], 16, generator)
-    initial, searched, trained = found.values()
-    assert torch.allclose(searched, initial, rtol=1e-3) and torch.allclose(trained, initial, rtol=1e-3)
-    assert not torch.equal(trained, searched) and (searched >= initial).all()
-
-
-@pytest.mark.parametrize("m, h, growth", [((0.1, 0.4), (0.4, 0.6), "slower than √m, compatible with √H"),
-                                          ((0.6, 0.7), (0.2, 0.5), "faster than √m, compatible with √H")])
-def test_verdict_compares_the_intervals_with_a_square_root(m, h, growth):
-    said = theory_check.verdict([], {"exponent_m_ci": m, "exponent_h_ci": h})
-    assert said == f"no size meets the assumptions; at initialization {growth}"
+def test_a_tiny_ball_changes_nothing():
+    args = argparse.Namespace(inputs=32, points=16, seeds=2, eps=1e-7, radius=1e-7)
+    initial, trained = theory_check.measure("lemma", 64, 4, args, torch.Generator().manual_seed(0))
+    assert torch.allclose(trained, initial, rtol=1e-3) and not torch.equal(trained, initial)
 
 
 def test_plot_is_drawn(tmp_path):
@@ -211,15 +169,14 @@ def test_plot_is_drawn(tmp_path):
 
 def test_a_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
+    with pytest.raises(ModuleNotFoundError, match="matplotlib"):  # of which `launch` makes one line
         theory_check.main([*SMALL, "--plot", "plot.png"])
 
 
 @pytest.mark.parametrize("options, named", [
     (["--widths", "-4", "8"], "--widths"), (["--widths", "64"], "two different"),
     (["--depths", "0"], "--depths"), (["--seeds", "1"], "--seeds"), (["--eps", "-0.1"], "--eps"),
-    (["--eps", "0.1", "1"], "as many"),
-    (["--c", "0"], "--c"), (["--device", "nowhere"], "--device"), (["--plot", "plot.txt"], ".png")])
+    (["--device", "nowhere"], "--device"), (["--plot", "plot.txt"], ".png")])
 def test_nonsense_is_refused(options, named):
     with pytest.raises(UserError, match=named):
         theory_check.main([*SMALL, *options])
