@@ -9,15 +9,19 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
 import sys
+import sysconfig
 import time
+import tokenize
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +89,7 @@ def load_data(name, data_dir, device, train_size=None, seed=0, val_size=0):
     labels = {*y_train.tolist()}
     if odd := labels ^ {*range(len(labels))} | {*y_test.tolist()} - labels:
         raise UserError(f"{path}: labels must be 0..{len(labels) - 1}, each on some training image; "
-                        f"that fails for {', '.join(map(str, sorted(odd)[:10]))}")
+                        f"that fails for {some_of(odd)}")
     n = len(x_train)
     kept, order = train_size or n - val_size, np.arange(n)
     if not 1 <= kept <= n - val_size:
@@ -94,9 +98,17 @@ def load_data(name, data_dir, device, train_size=None, seed=0, val_size=0):
     if train_size or val_size:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
     train, val = order[:kept], order[n - val_size:]
+    if lost := labels - {*y_train[train].tolist()}:
+        raise UserError(f"of {path} {kept} training images are kept, and none is of class {some_of(lost)}; "
+                        "take a larger --train-size, a smaller --val-size or another --seed")
     return Data(*to_tensors(x_train[train], y_train[train], device), *to_tensors(x_test, y_test, device),
                 len(labels), hashed(x_train, y_train, x_test, y_test),
                 *to_tensors(x_train[val], y_train[val], device))
+
+
+def some_of(values):
+    """The first ten of them, as text."""
+    return ", ".join(sorted(map(str, values), key=lambda text: (len(text), text))[:10])
 
 
 def checked(x, y, source, x_name, y_name):
@@ -136,15 +148,14 @@ def read_npz(path, *names):
 
 
 def _torchvision_cifar(name, npz):
-    from torchvision import datasets
-
-    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
+        from torchvision import datasets
+        dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         if RANK == 0:
             dataset(npz.parent, download=True)
         wait_for_all()
         splits = [dataset(npz.parent, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # no network, no space, a broken archive: urllib, OSError or RuntimeError
+    except Exception as error:  # no network, no space, a broken archive, a torchvision of another PyTorch
         raise UserError(f"no {npz}, and torchvision neither found nor downloaded {name} in {npz.parent} "
                         f"({error}); --dataset synthetic needs no download") from None
     return [array for split in splits for array in (split.data, np.array(split.targets))]
@@ -241,6 +252,7 @@ class _Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.stride, self.projection = stride, shortcut if inputs != outputs else None
+        self.raw = False  # True: the projection takes the block's input, not what BatchNorm makes of it
         if self.projection:  # not strided: of few channels, oneDNN writes past its memory (its issue 6035)
             conv = nn.Conv2d(inputs, outputs, 1, bias=False)
             self.add_module(shortcut, nn.Sequential(conv) if shortcut == "shortcut" else conv)
@@ -248,7 +260,8 @@ class _Block(nn.Module):
     def forward(self, x):
         out = self.act(self.bn1(x))
         if self.projection:
-            x = getattr(self, self.projection)(out[:, :, ::self.stride, ::self.stride])
+            given = x if self.raw else out
+            x = getattr(self, self.projection)(given[:, :, ::self.stride, ::self.stride])
         return x + self.conv2(self.act(self.bn2(self.conv1(out))))
 
 
@@ -411,34 +424,58 @@ NETWORKS = {"wrn": WideResNet, "densenet": DenseNet, "preact": PreActResNet}
 def build_model(args, data, device):
     """The network of --arch, --depth, --width and --activation, on the device, with --init's weights."""
     model = NETWORKS[args.arch](args.depth, args.width, data.classes, args.activation)
-    if args.init:
+    if not all(parameter.numel() for parameter in model.parameters()):
+        raise UserError(f"--width {args.width} leaves a layer without channels")
+    if args.init and not Path(args.out or "", "last.pt").exists():  # which is a run that goes on
         load_weights(model, read_checkpoint(args.init), args.init, new_classifier=True)
     return model.to(device, memory_format=torch.channels_last)
 
 
-def parameters_of(checkpoint):
+def weight_sets(checkpoint, name="", depth=4):
+    """{name: {parameter: tensor}} of the networks in a checkpoint, such as "model" and "model_ema".
+
+    A bare state_dict has the name "". Dicts may lie in dicts.
+    """
+    items = checkpoint.items() if isinstance(checkpoint, dict) and depth else ()
+    state = {str(key): value for key, value in items if isinstance(value, torch.Tensor)}
+    found = {name: state} if any(key.endswith("weight") for key in state) else {}
+    for key, value in items:
+        found |= weight_sets(value, f"{name}.{key}".strip("."), depth - 1)
+    return found
+
+
+def parameters_of(checkpoint, source, choice=None):
     """(parameters, other tensors among them) of a checkpoint of ours, a published one, or a state_dict.
 
-    Names lose the prefix of wrappers (`module.`, `_orig_mod.`, ...): what stands before the first "conv1".
+    Of several networks the one named `choice` is taken, else one by its usual name, which a line says. Names
+    lose the prefix of wrappers (`module.`, `_orig_mod.`, ...): what stands before the first "conv1".
     """
-    for _ in range(9):  # wrappers lie in wrappers; a dict may even hold itself
-        inner = [checkpoint[key] for key in ("state_dict", "model_state_dict", "net", "model")
-                 if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)]
-        checkpoint = inner[0] if inner else checkpoint
-    items = checkpoint.items() if isinstance(checkpoint, dict) else ()
-    state = {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
-    first = min((name for name in state if f".{name}".endswith(".conv1.weight")), key=len, default="")
+    sets = weight_sets(checkpoint)
+    if not sets or choice and choice not in sets:
+        found = sets or (checkpoint if isinstance(checkpoint, dict) else [type(checkpoint).__name__])
+        raise UserError(f"{source} holds no weights{f' {choice!r}' if choice else ''}, but {some_of(found)}")
+    usual = [name for name in ("state_dict", "model_state_dict", "net", "model") if name in sets]
+    name = choice or [*usual, *sets][0]
+    if len(sets) > 1 and not choice:
+        say(f"{source} holds {some_of(sets)}: the weights {name!r} are taken")
+    state = sets[name]
+    first = min((key for key in state if f".{key}".endswith(".conv1.weight")), key=len, default="")
     prefix = first.removesuffix("conv1.weight")
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return own, {name: value for name, value in state.items() if not name.startswith(prefix)}
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return own, {key: value for key, value in state.items() if not key.startswith(prefix)}
 
 
 def load_weights(model, checkpoint, source, new_classifier=False):
     """Load the `parameters_of` a checkpoint; UserError if they are another network's or not finite.
 
-    With `new_classifier`, where the numbers of classes differ, the model keeps its own and says so.
+    A checkpoint of ours says its activation: another one is an error, too. With `new_classifier`, where the
+    numbers of classes differ, the model keeps its own and says so.
     """
-    found, others = parameters_of(checkpoint)
+    found, others = parameters_of(checkpoint, source)
+    settings = checkpoint.get("args") or {}  # a published one's may be a Namespace
+    activation = settings.get("activation") if isinstance(settings, dict) else None
+    if activation and getattr(model, "act", None) is not ACTIVATIONS.get(activation):
+        raise UserError(f"{source} is of a network whose activation is {activation}: make the network with it")
     state = {name: value for name, value in (others | found).items()
              if not name.startswith("sub_block1.") and not name.endswith("n_averaged")}  # unused, of TRADES
     own = model.state_dict()
@@ -475,17 +512,18 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         assert name.partition(":")[0] in ("cpu", "cuda"), "cpu and cuda are supported"
-        return torch.empty(1, device=name).device
+        return torch.zeros(1, device=name).device  # runs a kernel: PyTorch may have none for an old GPU
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: no such device here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
 def set_execution(args, images, *models):
     """Let models run as args.precision and args.compile say. args.precision "auto" becomes what is found.
 
     That is bf16 on CUDA, and on a CPU whatever is faster for the first model on `images`, uint8 [N, 3, H, W].
-    These and the models are on one device already. fp32 without compilation is the exact reference: no TF32.
-    UserError: bf16 for a module that is no `Network`, or no C compiler.
+    These and the models are on one device already. args.compile "auto" compiles on CUDA, where that can work.
+    fp32 without compilation is the exact reference: no TF32. UserError: bf16 for a module that is no
+    `Network`, or what compiling lacks.
     """
     device = images.device
     aware = [part for model in models for part in model.modules() if hasattr(part, "precision")]
@@ -495,19 +533,40 @@ def set_execution(args, images, *models):
         fast = aware and (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
                           else bf16_is_faster(models[0], images))
         args.precision = "bf16" if fast else "fp32"
+        if aware and not fast and device.type == "cuda":
+            warn("this GPU computes no bf16: fp32 is used, which takes several times as long")
     for part in aware:
         part.precision = args.precision
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     warnings.filterwarnings("ignore", message=".*(TensorFloat32|TF32)")  # advice that we must not take
     compiled = device.type == "cuda" if args.compile == "auto" else args.compile == "on"
+    if compiled and (missing := missing_to_compile(device)):
+        if args.compile == "on":
+            raise UserError(f"--compile on: {missing}")
+        warn(f"not compiled, which takes longer: {missing}")
+        compiled = False
     if compiled:
-        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-            raise UserError("torch.compile needs a C compiler; install gcc, or give --compile off")
         torch.compiler.reset()  # makes room: few graphs are kept for all the networks of a process together
         for model in models:
             model.compile(dynamic=False)
     how = "compiled in the first steps, which takes a minute or so" if compiled else "eager"
     say(f"{args.precision} on {device}, {how}")
+
+
+def missing_to_compile(device):
+    """What torch.compile lacks on this device, and how to get it, in words; None if nothing."""
+    if device.type == "cuda":
+        if not torch.version.hip and torch.cuda.get_device_capability(device)[0] < 7:
+            return "it needs a GPU of compute capability 7.0 or more"
+        if not importlib.util.find_spec("triton"):
+            return f"Triton is missing; pip install triton{'-windows' * (os.name == 'nt')}"
+    if os.name == "nt":  # triton-windows brings a compiler of its own
+        return None
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+        return "a C compiler is missing; install gcc"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "Python.h is missing; install this Python's headers (python3-dev)"
+    return None
 
 
 def bf16_is_faster(model, images):
@@ -577,6 +636,8 @@ def connect(args, device):
     """Join the processes that torchrun started, if it did. Returns this process's device."""
     if WORLD == 1:
         return device
+    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise UserError(f"WORLD_SIZE is set, but not {some_of(missing)}: start with torchrun, or unset it")
     if any(size % WORLD for size in getattr(args, "batch_sizes", [getattr(args, "batch_size", WORLD)])):
         raise UserError(f"a batch must be a multiple of the {WORLD} processes that share it")
     if device.type == "cuda":
@@ -753,6 +814,8 @@ def pgd(model, x, loss, attack):
 
 def one_cycle(epoch, epochs, warmup=0.025):
     """From 1/25 to 1 over the warm-up, then to 4e-6 in the last epoch, along cosines (Wang et al. 2023)."""
+    if epochs == 1:
+        return 1.0
     peak, low = warmup * epochs, 0.04 if epoch < warmup * epochs else 4e-6
     away = 1 - (epoch - 1) / (peak - 1) if epoch < peak else (epoch - peak) / max(epochs - peak, 1e-9)
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * away))
@@ -762,7 +825,8 @@ SCHEDULES = {  # --schedule → factor of the base rate in epoch e of n, counted
     # The paper's (App. C): 1, and from epoch 75 of 100 on halved every epoch: 0.5^(e - 74). A run of another
     # length turns at 3/4 of it and halves every 1/100 of it, but at most once an epoch.
     "exp-decay": lambda e, n: 0.5 ** max(0, 1 + math.floor((e - 0.75 * n) / max(0.01 * n, 1) + 1e-9)),
-    "step": lambda e, n: 0.1 ** sum(e >= share * n for share in (0.75, 0.9, 1)),  # TRADES: 75, 90, 100 of 100
+    # TRADES: 75, 90 and 100 of 100. The first epoch has the base rate, were it the only one.
+    "step": lambda e, n: 0.1 ** sum(e >= max(share * n, 2) for share in (0.75, 0.9, 1)),
     "cosine": lambda e, n: 0.5 * (1 + math.cos(math.pi * ((e - 1) / n))),  # RST
     "one-cycle": one_cycle}
 
@@ -799,6 +863,9 @@ def predictions(model, stream, attack, seed=0):
         if not (x.amin() >= 0 and x.amax() <= 1):  # NaN fails, too
             raise UserError(f"images must be in [0, 1], not in [{x.amin():.4g}, {x.amax():.4g}]; "
                             "a network that wants others must scale them itself")
+        if attack.norm == "l2" and len(x) > 1 and (x == x[:, :1]).all():
+            raise UserError("these images are gray, three equal channels that an attack would move apart: an "
+                            "ℓ2 ball is another one there; take --norm linf")
         with _set([model] if len(x) < size else [], "_compiled_call_impl", None):  # else it compiles anew
             natural = adversarial = logits_of(model, x, n).argmax(1)
             gradient = torch.zeros(len(x), device=x.device)
@@ -833,7 +900,7 @@ def local_lipschitzness(model, stream, attack, seed=0, starts=3):
     """Mean over images of the largest ‖f(x) - f(x̂)‖₁ / ‖x - x̂‖∞ found in the ℓ∞ ε-ball, f the logits.
 
     The paper's estimator (after Yang et al. 2020), in float32: PGD on the numerator from a few random starts.
-    A lower bound, in logits per pixel range.
+    A lower bound, in logits per pixel range. ε must be above 0.
     """
     largest, size = [], 0
     for i, (x, _) in enumerate(stream):
@@ -873,7 +940,8 @@ def report(model, data, args, norm="linf"):
     say(f"testing on {len(x):,} images with {attack.title()}")
     some = (x, y) if len(x) <= 1000 else data.test(1000)
     return {**evaluate(model, in_order(x, y, args.batch_size), attack),
-            "local_lipschitzness": local_lipschitzness(model, in_order(*some, args.batch_size), ball),
+            "local_lipschitzness": local_lipschitzness(model, in_order(*some, args.batch_size), ball)
+            if ball.eps else None,
             "precision": args.precision, "best_chosen_on": "validation" if args.val_size else "test"}
 
 
@@ -909,7 +977,7 @@ class Run:
     """A run folder: args.json, log.jsonl, last.pt, best.pt, metrics.json, and copies of the code that ran.
 
     A run is its settings, its data, what the file of --init holds, and its code: the script and what it
-    imports from its folder, but for comments. The default folder is named after all of it. So the same
+    imports from its folder, but for comments and docstrings. The default folder is named after all of it. So the same
     command goes on after the last epoch that was finished, as if it had never stopped. Any other command or
     edit begins elsewhere. A folder named with --out is refused to another run. --precision counts as it was
     asked for. What "auto" was found to be is in the checkpoint, and a resumed run keeps it.
@@ -921,18 +989,11 @@ class Run:
 
     def __init__(self, args, data=None, /, **parts):
         self.args, self.parts, self.images = args, parts, len(data) if data else 0
-        files, free = code_of(Path(args.script)), MAY_CHANGE | {*getattr(args, "may_change", ())}
-        settings = {name: value for name, value in vars(args).items() if name not in free}
-        code = {name: hashed(ast.dump(ast.parse(content)))[:6] for name, content in files.items()}
-        if settings.get("init"):  # its name may come to hold something else
-            settings["init"] = hashed(Path(args.init).expanduser().read_bytes())
-        self.settings = json.loads(json.dumps({**settings, "data": data.hash if data else None, **code}))
+        self.size = [*data.x_train.shape[1:]] if hasattr(data, "x_train") else None
+        files = code_of(Path(args.script))
+        self.settings = self._settings(files, data.hash if data else None)
         digest = hashed(json.dumps(self.settings, sort_keys=True))[:6]
         self.folder = Path(args.out or f"runs/{args.name}-{digest}").expanduser()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: {error.strerror}") from None
         self.lock = None if RANK else lock(self.folder)
         found = [name for name in ("last.pt", "best.pt", "metrics.json") if (self.folder / name).exists()]
         if found and found[0] != "last.pt":
@@ -946,16 +1007,45 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             args.precision = state["precision"]  # what "auto" was found to be
-        if not args.out and not (self.folder / "args.json").exists():
-            others = sorted(self.folder.parent.glob(f"{args.name}-??????/args.json"), key=os.path.getmtime)
-            for newest in others[-1:]:
-                differing = differences(read_json(newest), self.settings)
-                say(f"{newest.parent} holds another run ({differing}): this one goes to {self.folder}")
+        else:
+            self._begin(files)
         for name, content in files.items():
             write_file(self.folder / name, content)
         write_json(self.folder / "args.json", self.settings)
         self.done = self.log[-1]["epoch"] if self.log else 0  # the last epoch that was finished
         say(f"{self.folder}: {self.done} of {args.epochs} epochs done")
+
+    def _settings(self, files, data):
+        """All that defines the run."""
+        free = MAY_CHANGE | {*getattr(self.args, "may_change", ())}
+        settings = {name: value for name, value in vars(self.args).items() if name not in free}
+        if settings.get("init"):  # its name may come to hold something else; a run in --out needs it no more
+            kept = Path(self.args.out or "", "args.json")
+            file = Path(self.args.init).expanduser()
+            settings["init"] = (hashed(file.read_bytes()) if file.exists() or not kept.exists()
+                                else read_json(kept).get("init"))
+        settings |= {"data": data, **{name: hashed(code_text(content))[:6] for name, content in files.items()}}
+        return json.loads(json.dumps(settings))
+
+    def _begin(self, files):
+        """Before anything is written: refuse what is a stranger's, and parts that could not be read back."""
+        ours = self.folder / "args.json"
+        if not ours.exists() or read_json(ours) != self.settings:
+            for name in {*files, ours.name, "log.jsonl"}:
+                if (self.folder / name).exists() and (self.folder / name).read_bytes() != files.get(name):
+                    raise UserError(f"{self.folder / name} is there and would be replaced; choose another --out")
+        for name, part in self.parts.items():
+            if not isinstance(part, (nn.Module, torch.optim.Optimizer)):
+                torch.save(part.state_dict(), content := io.BytesIO())
+                try:
+                    torch.load(io.BytesIO(content.getvalue()), weights_only=True)
+                except pickle.UnpicklingError as error:
+                    raise UserError(f"part {name!r} cannot be read back from a checkpoint, which holds tensors, "
+                                    f"numbers and text ({str(error).splitlines()[0]})") from None
+        others = sorted(self.folder.parent.glob(f"{self.args.name}-??????/args.json"), key=os.path.getmtime)
+        if not self.args.out and not ours.exists() and others:
+            say(f"{others[-1].parent} holds another run ({differences(read_json(others[-1]), self.settings)}): "
+                f"this one goes to {self.folder}")
 
     def epochs(self):
         """The epochs still to do, counted from 1."""
@@ -963,7 +1053,7 @@ class Run:
             self._publish()
         for self.epoch in range(self.done + 1, self.args.epochs + 1):
             seed_everything(self.args.seed, self.epoch)
-            self.recorded, self.seen, self.rate, self.clock = {}, 0, 0.0, None
+            self.recorded, self.seen, self.clock = {}, 0, None
             self.began = time.perf_counter()
             yield self.epoch
 
@@ -974,6 +1064,7 @@ class Run:
         now = time.perf_counter()
         if not self.clock:  # speed is that of all steps but an epoch's first, in which code may be compiled
             self.clock = self.shown = now
+            self.rate = images * WORLD / max(now - self.began, 1e-9)  # were it the only one
             return
         self.seen += images * WORLD
         self.rate = self.seen / max(now - self.clock, 1e-9)
@@ -999,7 +1090,7 @@ class Run:
         self.log.append(json.loads(json.dumps(line)))  # what is no JSON fails before anything is written
         content, self.done = io.BytesIO(), self.epoch
         torch.save({**{name: part.state_dict() for name, part in self.parts.items()}, "epoch": self.epoch,
-                    "log": self.log, "args": self.settings,
+                    "log": self.log, "args": self.settings, "image_size": self.size,
                     "precision": getattr(self.args, "precision", None)}, content)
         write_file(self.folder / "last.pt", content.getbuffer())
         self._publish()
@@ -1034,19 +1125,34 @@ class Run:
                 found[file.stem] = tested[state["epoch"]]
             write_json(path, found)
         for name, metrics in found.items():
-            say(f"{self.folder / name}.pt, epoch {metrics['epoch']}: {describe(metrics)}")
+            attack = f"{Attack(**metrics['attack']).title()}: " if "attack" in metrics else ""
+            say(f"{self.folder / name}.pt, epoch {metrics['epoch']}, {attack}{describe(metrics)}")
 
 
 def differences(before, now):
     """What differs between two runs' settings, in words."""
-    return "; ".join(f"{name} {before.get(name)} there, {now.get(name)} here"
+    return "; ".join(f"{name} was edited" if name.endswith(".py") and {name} <= before.keys() & now.keys()
+                     else f"{name} {before.get(name)} there, {now.get(name)} here"
                      for name in before | now if before.get(name) != now.get(name))
+
+
+def code_text(content):
+    """Python code, bytes, as text without comments, docstrings and empty lines; the same in every Python."""
+    lines, before = io.TextIOWrapper(io.BytesIO(content), "utf-8").readlines(), tokenize.NEWLINE
+    for token in [*tokenize.tokenize(io.BytesIO(content).readline)]:
+        (first, start), (last, end) = token.start, token.end
+        docstring = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        if token.type == tokenize.COMMENT or docstring and not lines[last - 1][end:].strip():
+            lines[first - 1:last] = [lines[first - 1][:start] + "\n"] + ["\n"] * (last - first)
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
+            before = token.type
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def code_of(script):
     """{name: content} of this file, of a script, and of all that it imports from its folder.
 
-    A file in a package, losses/mart.py, is named losses.mart.py.
+    A file in a package, losses/mart.py, is named losses.mart.py; what makes it one, losses.__init__.py.
     """
     folder, waiting, found = script.resolve().parent, [Path(__file__).resolve(), script.resolve()], {}
     for path in waiting:  # which grows
@@ -1056,15 +1162,20 @@ def code_of(script):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 module, names = getattr(node, "module", None), [alias.name for alias in node.names]
                 names = [module, *(f"{module}.{name}" for name in names)] if module else names
-                files = {base.joinpath(*name.split(".")).with_suffix(".py")
-                         for name in names for base in (folder, path.parent)}
+                modules = {base.joinpath(*name.split(".")) for name in names for base in (folder, path.parent)}
+                files = [file for module in sorted(modules)
+                         for file in (module.with_suffix(".py"), module / "__init__.py")]
                 waiting += [file for file in files if file.is_file() and file not in waiting]
     return found
 
 
 def lock(folder):
-    """An open file that keeps other processes out of `folder`; UserError if one is in there."""
-    handle = open(folder / ".lock", "w")
+    """An open file in `folder`, made if need be, that keeps other processes out; or UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}") from None
     try:
         import fcntl
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1145,10 +1256,15 @@ def read_checkpoint(path):
 
 # ----------------------------------------------------------------------------------------------- command line
 
+OPTIONAL = {"matplotlib": "matplotlib", "pyautoattack": "pyautoattack",
+            "robustbench": 'robustbench pyautoattack "setuptools<80"'}
+
+
 def launch(main):
     """Run a script's main(argv): a UserError or Ctrl-C ends in one line and exit status 2 or 130."""
     for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="replace")  # one that knows no Greek (cp1252)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console may know no Greek (cp1252)
     try:
         main(sys.argv[1:])
         if torch.distributed.is_initialized():
@@ -1156,9 +1272,18 @@ def launch(main):
             torch.distributed.destroy_process_group()
         return
     except ModuleNotFoundError as error:
-        message, status = f"error: {error}; README.md says what to install", 2
-    except (UserError, torch.OutOfMemoryError) as error:
+        if error.name not in OPTIONAL:
+            raise
+        message, status = f"error: {error}; pip install {OPTIONAL[error.name]}", 2
+    except UserError as error:
         message, status = f"error: {error}", 2
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        message, status = f"error: a smaller --batch-size may help: {str(error).splitlines()[0]}", 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        sys.exit(1)
     except KeyboardInterrupt as error:
         message, status = f"interrupted; {str(error) or 'the same command goes on where it was'}", 130
     say(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", sys.stderr)

@@ -21,6 +21,7 @@ over images for one run (Wilson), over seeds for three or more (Student). Two se
 """
 import argparse
 import functools
+import glob
 import json
 import math
 import os
@@ -56,12 +57,15 @@ def arguments(argv):
     add("--restarts", type=integer(), default=1, help="random starts of pgd and cw")
     add("--norm", choices=NORMS, help="of the ball; by default training's, else linf")
     add("--eps", type=number(), help="radius, such as 8/255; by default training's, else 0.031 (l2: 0.5)")
+    add("--weights", metavar="NAME", help="of a checkpoint that holds several networks, such as model_ema")
     add("--dataset", metavar="NAME", help="by default the checkpoint's, else cifar10")
     add("--data-dir", default="data", metavar="DIR", help="where data sets are, or are downloaded to")
     add("--normalize", type=means_and_deviations, metavar="M", help="the network takes (pixels - mean)/std: "
         f"{', '.join(NORMALIZE)}, or three means and three deviations, with commas between")
     add("--activation", choices=common.ACTIVATIONS, default="relu",
         help="of a published network; a checkpoint of ours says it")
+    add("--shortcut", choices=("normalized", "raw"), help="what a published PreActResNet's projections take: "
+        "BatchNorm's output (AWP, robust_overfitting) or its input (Fast AT); no name tells")
     add("--eval-size", type=integer(), metavar="N", help="random test images; by default all")
     add("--lipschitz-size", type=integer(0), default=1000, metavar="N", help="for local Lipschitzness")
     add("--batch-size", type=integer(), default=128, help="images an attack handles at once")
@@ -74,6 +78,8 @@ def arguments(argv):
     for option, value in ("--eps", args.eps), ("--step-size", args.step_size):
         if args.norm != "l2" and (value or 0) > 1:
             parser.error(f"{option} {value:g}: pixels are in [0, 1]; {value:g}/255? or --norm l2")
+    args.attack = [*dict.fromkeys(args.attack)]
+    args.paths = [path for pattern in args.paths for path in sorted(glob.glob(pattern)) or [pattern]]
     return args
 
 
@@ -82,29 +88,52 @@ def means_and_deviations(text):
     numbers = [float(word) for word in NORMALIZE.get(text, text).split(",")]
     if len(numbers) != 6 or not all(0 < number < math.inf for number in numbers[3:]):
         raise ValueError
+    if max(numbers[:3]) > 1:
+        raise argparse.ArgumentTypeError(f"means must be of pixels in [0, 1]: divide {text} by 255?")
     return [numbers[:3], numbers[3:]]
 
 
 # ---------------------------------------------------------------------------------------------------- loading
 
 
+@functools.cache
+def load_data(name, data_dir, device):
+    return common.load_data(name, data_dir, device)  # once for all of a set's networks
+
+
 def load(path, args, device):
     """(network, Data, what is known of its training) of a run folder or a checkpoint."""
     file = Path(path, f"{args.checkpoint}.pt") if Path(path).is_dir() else Path(path)
+    if file.name == "best.pt" and not file.exists() and file.with_name("last.pt").exists():
+        file = file.with_name("last.pt")
+        say(f"{path} has no best.pt, since no epoch was monitored: last.pt is taken")
     saved = common.read_checkpoint(file)
     settings = saved.get("args") if isinstance(saved, dict) else None
     settings = settings if isinstance(settings, dict) and "method" in settings else {}  # {}: no run of ours
     if settings.get("method") == "fast_imagenet":
         raise UserError(f"{file} is of Fast AT on ImageNet, which its own script tests")
+    if "arch" in settings and settings["arch"] not in common.NETWORKS:
+        raise UserError(f"{file}: its network {settings['arch']!r} is in no NETWORKS of common.py; README.md "
+                        "shows how to evaluate any module from Python")
     dataset = args.dataset or settings.get("dataset", "cifar10")
-    data = common.load_data(dataset, args.data_dir, device)
+    data = load_data(dataset, args.data_dir, device)
+    size, here = (saved.get("image_size") if settings else None), [*data.x_test.shape[1:]]
     if dataset == settings.get("dataset") and not settings.get("data", data.hash).startswith(data.hash):
         common.warn(f"{file} was trained on another {dataset} than {args.data_dir} holds")
+    if size and size != here:
+        common.warn(f"{file} was trained on images of {size[1]}×{size[2]} pixels, not {here[1]}×{here[2]}")
 
-    own, others = common.parameters_of(saved)
-    run = {**settings} if settings.get("arch") in common.NETWORKS else guess_network(own, file)
-    how = argparse.Namespace(**{"activation": args.activation, **run, "init": None})
-    model = common.build_model(how, data, device)
+    own, others = common.parameters_of(saved, file, args.weights)
+    run = {**settings} if "arch" in settings else {**settings, **guess_network(own, file)}
+    how = {"activation": args.activation, **run, "init": None, "out": None}
+    model = common.build_model(argparse.Namespace(**how), data, device)
+    if not settings and any(".shortcut." in name for name in own):
+        if not args.shortcut:
+            raise UserError(f"{file} is a PreActResNet, whose parameters do not tell what its projections take: "
+                            "--shortcut normalized, as in AWP's and robust_overfitting's, or raw, as in Fast AT's")
+        run["shortcut"] = args.shortcut
+        for block in model.modules():
+            block.raw = args.shortcut == "raw"  # which _Block looks at
     # One or three numbers that are no parameter may be a mean or a deviation of pixels: the user knows.
     beside = {name: value.flatten().tolist() for name, value in (others | own).items()
               if name not in model.state_dict() and value.is_floating_point() and value.numel() in (1, 3)}
@@ -112,13 +141,14 @@ def load(path, args, device):
         raise UserError(f"{file} also holds {beside}: are pixels scaled by them? Say so by --normalize, or "
                         "--normalize none")
     if not (args.normalize or settings):
-        say(f"{file}: takes pixels in [0, 1]; a network trained on (x - mean)/std needs --normalize")
+        say(f"{file}: takes pixels in [0, 1]; a network trained on (x - mean)/std needs --normalize; "
+            f"its activation is {args.activation} (--activation)")
     state = {name: value for name, value in (others | own).items() if name not in beside}
     common.load_weights(model, state, file)
 
-    run |= {"activation": how.activation, "hash": hash_of(model)}
+    run |= {"activation": how["activation"], "hash": hash_of(model)}
     if settings:
-        run |= {"weights": file.stem, "epoch": saved.get("epoch")}
+        run |= {"weights": file.stem, "epoch": saved.get("epoch"), "precision": saved.get("precision")}
     if settings and file.with_name("args.json").exists() and not file.with_name("metrics.json").exists():
         common.warn(f"{file} is of an unfinished run: there is no metrics.json yet")
         run["unfinished"] = True
@@ -134,12 +164,13 @@ def guess_network(state, file):
     """{"arch", "depth", "width"} of a published network, by the names of its parameters, or UserError."""
     channels = {name: len(value) for name, value in state.items() if value.dim() == 4}
     blocks = sum(name.endswith(".conv2.weight") and not name.startswith("sub_block1.") for name in channels)
-    if "layer1.0.conv1.weight" in channels:
+    if {"layer1.0.conv1.weight", "linear.weight"} <= state.keys() and "bn1.weight" not in state:
         arch, depth, width = "preact", 2 * blocks + 2, channels["conv1.weight"] / 64
     elif "block1.layer.0.conv2.weight" in channels:
         arch, depth, width = "wrn", 2 * blocks + 4, channels["block1.layer.0.conv2.weight"] / 16
     else:
-        raise UserError(f"{file} holds no network with the parameter names of TRADES or AWP")
+        raise UserError(f"{file} holds no network with the parameter names of TRADES or AWP, but "
+                        f"{', '.join([*state][:3])}, ...; README.md shows how to evaluate any module from Python")
     return {"arch": arch, "depth": depth, "width": int(width) if width == int(width) else width}
 
 
@@ -149,7 +180,7 @@ def load_zoo(path, args, device):
     sys.modules.setdefault("autoattack", pyautoattack)  # the name by which RobustBench imports it
     from robustbench.utils import load_model
     dataset = args.dataset or "cifar10"
-    data = common.load_data(dataset, args.data_dir, device)
+    data = load_data(dataset, args.data_dir, device)
     try:
         model = load_model(path.removeprefix(ZOO), dataset=dataset, threat_model=NORMS[args.norm or "linf"])
     except Exception as error:  # unknown names, downloads and foreign checkpoints fail in many ways
@@ -191,7 +222,7 @@ def evaluate(path, args, device):
     radii = {"linf": 8 / 255 if zoo else 0.031, "l2": 0.5, own: run.get("eps", 8 / 255 if zoo else 0.031)}
     eps = radii[norm] if args.eps is None else args.eps
     few, lipschitzness = min(args.lipschitz_size, len(x)), {}
-    if few:
+    if few and eps:
         some = data.test(few) if few < len(x) else (x, y)
         ball = common.report_attack(eps if norm == "linf" else radii["linf"])
         lipschitzness = {"local_lipschitzness": common.local_lipschitzness(
@@ -228,7 +259,10 @@ def autoattack(model, x, attack, args):
               for i, part in enumerate(images.split(args.batch_size))]
     natural = torch.cat(logits).argmax(1)
     with common.fixed_seed(0, x.device), common.attack_mode(model), common.exact_precision(model):
-        package = pyautoattack.AutoAttack(model, NORMS[attack.norm], attack.eps, seed=0, device=x.device)
+        package = pyautoattack.AutoAttack(model, norm=NORMS[attack.norm], eps=attack.eps, seed=0,
+                                          device=x.device)
+        for targeted in package.apgd_targeted, package.fab:
+            targeted.n_target_classes = min(9, logits[0].shape[1] - 1)
         model.to(memory_format=torch.contiguous_format)  # channels_last forbids its views of gradients
         _, adversarial = package.run_standard_evaluation(images, natural, batch_size=args.batch_size)
         model.to(memory_format=torch.channels_last)
@@ -248,6 +282,12 @@ COLUMNS = {"natural %": METRICS[0], "robust %": METRICS[1], "stability %": METRI
            "local Lipschitz": "local_lipschitzness"}
 
 
+def known_by(row):
+    """What makes a row another one: what ran and how it was evaluated, no path."""
+    run = {name: value for name, value in row["run"].items() if name != "unfinished"}
+    return json.dumps([run, row["evaluation"]], sort_keys=True)
+
+
 def experiment(row, *free):
     """What a row is of, as text: training but for its seed and what is `free`, and evaluation."""
     run, how = row["run"], row.get("evaluation")
@@ -255,7 +295,7 @@ def experiment(row, *free):
         return json.dumps([row["path"], run, how], sort_keys=True)
     run = {name: value for name, value in run.items() if name not in ("seed", "epoch", "hash", *free)}
     text = json.dumps([run, how], sort_keys=True)
-    return re.sub(r"seed\d+", "seed", text)  # of --reference: each seed has its own
+    return re.sub(r"seed\d+(-[0-9a-f]{6})?", "seed", text)  # of --reference: each seed has its own
 
 
 def grouped(items, key, *free):
@@ -270,7 +310,7 @@ def average(rows):
     """A row for each experiment, with "shown": each result's (mean, low, high), in percent if a fraction.
 
     The mean is over seeds. low and high are its 95 % interval: Wilson's for one run, Student's for three or
-    more. Where there is none they are the mean.
+    more. Where there is none they are the mean. "seeds" has each seed's own row.
     """
     averaged = []
     for group in grouped(rows, experiment):
@@ -280,7 +320,7 @@ def average(rows):
             if seed in seeds and seeds[seed]["run"].get("hash") != row["run"].get("hash"):
                 common.warn(f"{row['path']} takes the place of {seeds[seed]['path']}, a run of the same seed")
             seeds[seed] = row
-        n, runs, row = len(seeds), [*seeds.values()], {**group[0], "shown": {}}
+        n, runs, row = len(seeds), [*seeds.values()], {**group[0], "shown": {}, "seeds": seeds}
         for name in COLUMNS.values() & row["results"].keys():
             scale, values = 100 if name in METRICS else 1, [run["results"][name] for run in runs]
             low = high = mean = statistics.mean(values)
@@ -315,6 +355,8 @@ def evaluated(row):
 def cell(value=math.nan, low=math.nan, high=math.nan):
     """Such as "81.20 ±0.76", or "99.80 [99.69, 99.87]" where the sides of the interval differ by a tenth."""
     half = (high - low) / 2
+    if math.isnan(value):
+        return ""
     if not half > 0:
         return f"{value:.2f}"
     if abs(low + high - 2 * value) < 0.1 * half:
@@ -323,7 +365,7 @@ def cell(value=math.nan, low=math.nan, high=math.nan):
 
 
 def table(rows):
-    """Markdown: a line for each averaged row, below what was `evaluated`."""
+    """Markdown: a line for each averaged row, below what was `evaluated`; what else sets lines apart, below it."""
     lines = [["model", "weights", *COLUMNS]]
     for row in rows:
         weights = row["run"].get("weights", "") + (", unfinished" if "unfinished" in row["run"] else "")
@@ -331,9 +373,19 @@ def table(rows):
         lines.append([row["path"], weights.replace("best", f"best on {on} images"),
                       *(cell(*row["shown"].get(name, ())) for name in COLUMNS.values())])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    lines = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
-    return "\n".join([evaluated(rows[0]), "", *lines, ""])
+    lines.insert(1, ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
+    lines = [" | ".join(text.ljust(width) if i < 2 else text.rjust(width)
+                        for i, (text, width) in enumerate(zip(line, widths))) for line in lines]
+    apart = [f"{one['path']} and {other['path']} are not averaged: "
+             f"{common.differences(*({**row['run'], 'seed': 0, 'epoch': 0, 'hash': 0} for row in (one, other)))}"
+             for group in grouped(rows, named) for one, other in zip(group, group[1:])]
+    return "\n".join([evaluated(rows[0]), "", *(f"| {line} |" for line in lines), "", *apart])
+
+
+def named(row):
+    """What a reader takes an experiment for: no more than the name of its folder says, but for the seed."""
+    names = ("method", "arch", "depth", "width", "beta", "weights") if "seed" in row["run"] else ()
+    return tuple(row["run"].get(name) for name in names) or row["path"]
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -352,10 +404,14 @@ def plot(args, rows):
             for path in args.paths if Path(path, "log.jsonl").exists()]
     ours, free = [row for row in rows if "seed" in row["run"]], ("width", "beta", "reference")
     experiments = grouped(sorted(ours, key=order), experiment, *free)
+    def several(rows, axis):
+        return len({row["run"].get(axis) for row in rows}) > 1
+
     figures = {"metrics": map(bars, grouped(rows, evaluated)),
-               "width": (sweep(rows, "width", "beta") for rows in experiments),
-               "lambda": (sweep(rows, "beta", "width") for rows in map(numbered, experiments) if rows),
-               "training": map(by_epoch, grouped(sorted(logs, key=order), experiment, *free))}
+               "against-width": (sweep(rows, "width", "beta") for rows in experiments if several(rows, "width")),
+               "against-lambda": (sweep(rows, "beta", "width") for rows in map(numbered, experiments)
+                                  if several(rows, "beta")),
+               "by-epoch": map(by_epoch, grouped(sorted(logs, key=order), experiment, *free))}
     for name, drawn in figures.items():
         for i, figure in enumerate(drawn, 1):
             figure.savefig(path := Path(args.plot, f"{name}-{i}.png"), dpi=150)
@@ -379,14 +435,14 @@ def bars(rows):
 
 
 def curves(lines, title, **axis):
-    """A figure of panels, two in a row. A line is (its panel, its label, x, y, ± of each y or None)."""
+    """A figure of panels, two in a row. A line is (its panel, its label, x, y, {more of its look})."""
     from matplotlib.figure import Figure
     names, labels = ([*dict.fromkeys(line[i] for line in lines)] for i in (0, 1))
     figure, handles = Figure((7, 1 + 1.3 * len(names)), layout="constrained"), {}
     panels = dict(zip(names, figure.subplots(-(-len(names) // 2), 2, squeeze=False).flat))
-    for name, label, x, y, half in lines:
-        handles[label] = panels[name].errorbar(x, y, half, color=f"C{labels.index(label)}", marker="o",
-                                               markersize=3, capsize=2)
+    for name, label, x, y, look in lines:
+        handle, = panels[name].plot(x, y, color=f"C{labels.index(label)}", markersize=3, **look)
+        handles.setdefault(label, handle)
     for name, panel in panels.items():
         panel.set(title=name, **axis)
         panel.minorticks_off()
@@ -396,17 +452,34 @@ def curves(lines, title, **axis):
 
 
 def sweep(rows, axis, per):
-    """The metrics and local Lipschitzness against `axis`, "width" or "beta" (λ), a line per the other."""
+    """The metrics and local Lipschitzness against `axis`, "width" or "beta" (λ), a line per the other.
+
+    A dot is a seed. Below robust accuracy of four λ or more a bar spans the seeds' `best` λ.
+    """
     words, lines = {"width": "width", "beta": "λ"}, []
     for header, name in COLUMNS.items():
-        for line in grouped(rows, lambda row: row["run"].get(per)):
+        for i, line in enumerate(grouped(rows, lambda row: row["run"].get(per))):
             line = sorted(line, key=lambda row: row["run"][axis])
+            label, scale = f"{words[per]} = {line[0]['run'].get(per)}", 100 if name in METRICS else 1
+            dots = [(row["run"][axis], scale * one["results"].get(name, math.nan), seed)
+                    for row in line for seed, one in row["seeds"].items()]
             x = [row["run"][axis] for row in line]
-            y, low, high = np.transpose([row["shown"].get(name, [math.nan] * 3) for row in line])
-            lines.append((header, f"{words[per]} = {line[0]['run'].get(per)}", x, y, (y - low, high - y)))
+            lines.append((header, label, x, [row["shown"].get(name, [math.nan])[0] for row in line], {}))
+            lines.append((header, label, *np.transpose(dots)[:2], {"ls": "", "marker": "o"}))
+            if axis == "beta" and name == "robust_accuracy" and len(x) > 3:
+                tops = [best([dot[:2] for dot in dots if dot[2] == seed]) for seed in line[0]["seeds"]]
+                low = min(dot[1] for row in rows for dot in dots)
+                lines.append((header, label, [min(tops), max(tops)], [low - 1 - i] * 2, {"lw": 4}))
     ticks = sorted({row["run"][axis] for row in rows})
     return curves(lines, evaluated(rows[0]), xlabel=words[axis], xscale="log", xticks=ticks,
                   xticklabels=[f"{tick:g}" for tick in ticks])
+
+
+def best(points):
+    """λ*: the top of the least-squares parabola of robust accuracy in log λ, within the λ that were run."""
+    x, y = np.log([point[0] for point in points]), [point[1] for point in points]
+    a, b, _ = np.polyfit(x, y, 2)
+    return math.exp(np.clip(-b / (2 * a), min(x), max(x))) if a < 0 else math.nan
 
 
 def by_epoch(logs):
@@ -416,7 +489,7 @@ def by_epoch(logs):
         risks = [name for name in log[0] if name.endswith(("_risk", "_regularization"))]
         for name in risks + ["beta"] * (run.get("beta") == "auto"):
             lines.append((f"{name.replace('_', ' ')}, λ = {run.get('beta')}", f"width {run.get('width')}",
-                          [entry["epoch"] for entry in log], [entry[name] for entry in log], None))
+                          [entry["epoch"] for entry in log], [entry[name] for entry in log], {}))
     return curves(lines, run.get("dataset"), xlabel="epoch")
 
 
@@ -440,15 +513,16 @@ def main(argv):
 
     def keep():
         if args.json:
-            common.write_json(Path(args.json).resolve(), rows)  # a link stays one
+            text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+            common.write_file(Path(args.json).resolve(), f"[\n{text}\n]\n".encode())  # a link stays one
 
     keep()  # where that fails, it fails before the work
     try:
         for path in others:
             try:
                 for row in evaluate(path, args, device):
-                    others = [one for one in rows if {**one, "results": row["results"]} != row]
-                    rows[:] = [*others, row]  # in the place of an earlier evaluation of the same
+                    places = [i for i, one in enumerate(rows) if known_by(one) == known_by(row)]
+                    rows[slice(*([places[0], places[0] + 1] if places else [len(rows), None]))] = [row]
                     keep()
                     say(f"{path}: {evaluated(row)}: {common.describe(row['results'])}")
             except UserError as error:

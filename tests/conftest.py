@@ -3,9 +3,11 @@
 Tests run on the CPU even where there is a GPU: many compare runs to the last bit, which only a CPU promises.
 """
 import copy
+import importlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -44,6 +46,18 @@ def wait_for(path, process):
     while not path.exists() and process.is_alive():
         time.sleep(0.001)
     assert path.exists(), f"the process ended with status {process.exitcode}"
+
+
+def train_until_killed(argv, steps):
+    """Train with TRADES, and be killed in the midst of this step, the first of all being 1."""
+    record = common.Run.record
+
+    def counted(run, *images, **scalars):
+        nonlocal steps
+        steps -= 1
+        record(run, *images, **scalars) if steps else os.kill(os.getpid(), signal.SIGKILL)
+    common.Run.record = counted
+    importlib.import_module("train_trades").main(argv)
 
 
 @pytest.fixture

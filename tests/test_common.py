@@ -1,5 +1,6 @@
 """common.py: data, networks, execution, attacks, schedules, metrics and the run folder's promises."""
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import log_of, started, wait_for
+from conftest import log_of, started, train_until_killed, wait_for
 
 import common
 import train_trades
@@ -136,16 +137,19 @@ def tiny_data(n, size=8, classes=10):
     return common.Data(x, torch.arange(n), x, torch.arange(n), classes, "")
 
 
+@pytest.mark.parametrize("size, padding", [(8, 1), (12, 2), (32, 4)])  # an eighth of the side, rounded up
 @pytest.mark.parametrize("flip", [True, False])
-def test_random_augmentation_draws_every_offset_and_flip_for_each_image(flip):
-    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(4000, 3, 8, 8)
+def test_random_augmentation_draws_every_offset_and_flip_for_each_image(size, padding, flip):
+    row, column, reach, n = size // 2, size - 2 - padding, range(-padding, padding + 1), 40 * size ** 2 // 8
+    image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    image[:, :, row, column] = 255  # one bright pixel shows where it all went
     torch.manual_seed(0)
-    (x, _), = common.batches(common.Data(image, torch.arange(4000), None, None, 10, ""), 4000, flip)
-    found, counts = torch.unique((255 * x).round(), dim=0, return_counts=True)
-    assert len(counts) == 9 * 9 * (1 + flip)  # all are drawn, and about equally often
-    assert 0.2 < counts.min() / counts.float().mean() and counts.max() / counts.float().mean() < 2.5
-    assert any(one.equal(image[0].float()) for one in found)
-    assert any(one.equal(image[0].flip(2).float()) for one in found) == flip
+    data = common.Data(image.expand(n, 3, size, size), torch.arange(n), None, None, 10, "")
+    (x, _), = common.batches(data, n, flip)
+    found, counts = x[:, 0].nonzero()[:, 1:].unique(dim=0, return_counts=True)
+    columns = [column] + [size - 1 - column] * flip
+    assert {*map(tuple, found.tolist())} == {(row + i, c + j) for i in reach for j in reach for c in columns}
+    assert counts.sum() == n and 0.2 < counts.min() / counts.float().mean() < 1  # about equally often
 
 
 def test_an_epoch_is_a_fresh_seeded_order_without_repeats():
@@ -178,8 +182,7 @@ def test_an_epoch_with_extra_images_draws_both_without_replacement(fraction, sha
     assert len(drawn) == len(set(drawn))
     few = extra[0][:10], extra[1][:10]  # come again once all have come
     drawn = torch.cat([y for _, y in common.batches(with_extra(*few), 16, True, 1)])
-    assert drawn.unique(return_counts=True)[1].tolist() == [7] * 4 + [6] * 6 or \
-        sorted(drawn.unique(return_counts=True)[1].tolist()) == [6] * 6 + [7] * 4
+    assert sorted(drawn.unique(return_counts=True)[1].tolist()) == [6] * 6 + [7] * 4
 
 
 def test_pixels_equal_torchvisions_to_tensor():
@@ -267,37 +270,16 @@ def with_random_statistics(model):
     return model.eval()
 
 
-WRAPPED = {  # what wrappers leave
-    "plain": lambda state: state,
-    "DataParallel": lambda state: {f"module.{name}": value for name, value in state.items()},
-    "compiled": lambda state: {"model": {f"_orig_mod.module.{name}": value for name, value in state.items()}},
-    "nested": lambda state: {"state_dict": {"net": {f"a.b.{name}": value for name, value in state.items()}}},
-    "averaged": lambda state: {"model": {"n_averaged": torch.tensor(5), **WRAPPED["DataParallel"](state)}},
-    "TRADES": lambda state: {**state, "sub_block1.layer.0.conv1.weight": torch.zeros(1)},
-    "old": lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
-}
-
-
-@pytest.mark.parametrize("wrapped", WRAPPED)
-@pytest.mark.parametrize("arch, depth, width", [("wrn", 16, 2), ("densenet", 16, 6), ("preact", 18, 0.25)])
-def test_a_published_checkpoint_gives_its_logits(arch, depth, width, wrapped):
+@pytest.mark.parametrize("arch, depth, width", [
+    ("wrn", 16, 2), ("densenet", 16, 6), ("preact", 18, 0.25), ("wrn", 10, 0.5), ("preact", 10, 0.125)])
+def test_networks_are_the_published_ones(arch, depth, width):
+    """And no 1×1 convolution of few channels is strided: oneDNN's issue 6035 corrupts memory."""
     torch.manual_seed(0)
-    published = with_random_statistics(network(arch, depth, width)).state_dict()
-    model = network(arch, depth, width).eval()
-    common.load_weights(model, WRAPPED[wrapped](published), "published.pt")
-    x = torch.rand(3, 3, 32, 32)
-    torch.testing.assert_close(model(x), reference(arch, published, x, 2), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("arch, width", [("wrn", 0.5), ("preact", 0.125)])
-def test_narrow_networks_avoid_the_convolution_that_corrupts_memory(arch, width):
-    """oneDNN's issue 6035: 1×1, strided, of fewer than 16 channels (8 without AVX-512)."""
-    model = with_random_statistics(network(arch, 10, width)).double()
-    narrow = [m for m in model.modules()
-              if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 16]
-    assert narrow and all(m.stride == (1, 1) for m in narrow)
-    x = torch.rand(3, 3, 16, 16).double()
-    torch.testing.assert_close(model(x), reference(arch, model.state_dict(), x, 1), atol=1e-12, rtol=0)
+    model, x = with_random_statistics(network(arch, depth, width)).double(), torch.rand(3, 3, 32, 32).double()
+    wanted = reference(arch, model.state_dict(), x, 1 if depth == 10 else 2)
+    torch.testing.assert_close(model(x), wanted, atol=1e-12, rtol=1e-12)
+    assert all(m.stride == (1, 1) for m in model.modules()
+               if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 16)
 
 
 def test_a_checkpoint_of_another_network_is_refused():
@@ -315,8 +297,8 @@ def test_a_checkpoint_of_another_network_is_refused():
         network("preact", 34)
 
 
-@pytest.mark.parametrize("name", ["block2.layer.0.conv1.weight", "bn1.running_var", "fc.bias"])
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("name, value", [
+    ("block2.layer.0.conv1.weight", math.nan), ("bn1.running_var", -math.inf), ("fc.bias", math.nan)])
 def test_weights_that_are_not_finite_are_refused(name, value):
     model = network()
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -327,14 +309,13 @@ def test_weights_that_are_not_finite_are_refused(name, value):
 
 @pytest.mark.parametrize("arch, depth, width", [("wrn", 10, 1), ("densenet", 10, 4), ("preact", 10, 0.125)])
 def test_silu_takes_the_place_of_every_relu(monkeypatch, arch, depth, width):
-    x = torch.rand(2, 3, 16, 16)
-    torch.manual_seed(0)
-    smooth = network(arch, depth, width, 10, "silu").eval()
-    torch.manual_seed(0)
+    x = torch.rand(2, 3, 16, 16).double()
+    smooth = network(arch, depth, width, 10, "silu").double().eval()
     monkeypatch.setitem(common.ACTIVATIONS, "relu", lambda z: z * torch.sigmoid(z))  # SiLU by its definition
-    by_definition = network(arch, depth, width).eval()
+    by_definition = network(arch, depth, width).double().eval()
+    by_definition.load_state_dict(smooth.state_dict())
     monkeypatch.setattr(F, "relu", None)  # nothing calls it behind the table's back
-    assert torch.allclose(smooth(x), by_definition(x), atol=1e-5)
+    torch.testing.assert_close(smooth(x), by_definition(x), atol=1e-12, rtol=1e-12)
 
 
 def test_norms_can_be_free_of_weight_decay():
@@ -389,16 +370,24 @@ def execute(model, precision="fp32", compile="off", images=None):
 
 
 def test_bf16_keeps_logits_and_pixels_in_float32(capsys):
-    torch.manual_seed(0)
-    model, x = with_random_statistics(network()), torch.rand(8, 3, 32, 32)
-    exact = model(x)
+    class OnePixel(common.Network):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.fc = nn.Identity(), nn.Linear(3, 1, bias=False)
+
+        def features(self, x):
+            return x
+
+    model, third = OnePixel(), torch.tensor(1 / 3)
+    nn.init.constant_(model.fc.weight, 1 + 2 ** -12)  # in bf16 1
+    x = third.expand(2, 3, 1, 1)
     execute(model, "bf16")
     assert capsys.readouterr().out == "bf16 on cpu, eager\n"
-    assert model(x).dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters())
-    assert 0 < (model(x) - exact).abs().max() < 0.05 * exact.abs().max()
-    inside = nn.Sequential(model)  # a wrapper, of a fork's
-    with common.exact_precision(inside):
-        torch.testing.assert_close(inside(x), exact)
+    for inside in model, nn.Sequential(model):  # a wrapper, of a fork's
+        rounded = 3 * (1 + 2 ** -12) * third.bfloat16().item()
+        assert inside(x).dtype == torch.float32 and inside(x)[:, 0].tolist() == pytest.approx([rounded] * 2)
+        with common.exact_precision(inside):
+            assert inside(x)[:, 0].tolist() == pytest.approx([1 + 2 ** -12] * 2)
     assert model.precision == "bf16"
 
 
@@ -411,9 +400,12 @@ def test_a_module_that_knows_no_precision_runs_in_float32():
 
 @pytest.mark.parametrize("slow, found", [("bf16", "fp32"), ("fp32", "bf16")])
 def test_auto_takes_what_the_stopwatch_prefers(monkeypatch, slow, found):
+    now = [0.0]
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
     class Timed(common.WideResNet):
         def forward(self, x):
-            time.sleep(0.01 * (self.precision == slow))
+            now[0] += 1 + (self.precision == slow)
             return x.flatten(1) @ self.fc.weight.new_ones(x[0].numel(), 10)
     assert execute(Timed(10, 1, 10), "auto") == found
 
@@ -512,10 +504,10 @@ def test_starts_have_the_published_distributions():
     torch.manual_seed(0)
     x = torch.full((400, 3, 8, 8), 0.5)
     uniform = common.perturb_start(x, "uniform", 0.03, "linf") - x
-    assert uniform.abs().max() <= 0.03 + 1e-6 and abs(uniform.std().item() - 0.03 / math.sqrt(3)) < 1e-4
-    assert abs((common.perturb_start(x, "gaussian", 0.03, "linf") - x).std().item() - 0.001) < 1e-5
+    assert uniform.abs().max() <= 0.03 + 1e-6 and abs(uniform.std().item() - 0.03 / math.sqrt(3)) < 3e-4
+    assert abs((common.perturb_start(x, "gaussian", 0.03, "linf") - x).std().item() - 0.001) < 3e-5
     radius = (common.perturb_start(x[:, :, :1, :1], "uniform", 0.5, "l2") - 0.5).flatten(1).norm(dim=1)
-    assert radius.max() <= 0.5 and abs(((radius / 0.5) ** 3).mean().item() - 0.5) < 0.05  # uniform in 3-d
+    assert radius.max() <= 0.5 and abs(((radius / 0.5) ** 3).mean().item() - 0.5) < 0.12  # uniform in 3-d
 
 
 def test_attack_losses_against_formulas_by_hand():
@@ -697,15 +689,7 @@ def replace_restarts(attack, restarts):
     return Attack(**{**vars(attack), "restarts": restarts})
 
 
-def test_any_module_is_evaluated():
-    from torchvision.models import resnet18
-    torch.manual_seed(0)
-    images = [(torch.rand(4, 3, 32, 32), torch.arange(4)), (torch.rand(3, 3, 32, 32), torch.arange(3))]
-    metrics = common.evaluate(resnet18(num_classes=10), images, Attack(step_size=0.02, steps=3))
-    assert metrics["n"] == 7 and metrics["robust_accuracy"] <= metrics["natural_accuracy"]
-
-
-@pytest.mark.parametrize("low, high", [(-0.01, 1), (0, 1.01), (0, 255), (-1, 1), (0, math.nan)])
+@pytest.mark.parametrize("low, high", [(-0.01, 1), (0, 1.01), (0, math.nan)])
 def test_images_outside_0_1_are_refused(low, high):
     x = torch.rand(4, 3, 4, 4)
     x[1, 0, 0, 0], x[2, 1, 1, 1] = low, high
@@ -731,36 +715,28 @@ def test_logits_that_are_not_finite_are_no_class(value, attacked):
 
 @pytest.mark.parametrize("scale, warned", [(1.0, False), (1e4, True)])
 def test_vanished_gradients_are_counted_and_named(capsys, scale, warned):
-    torch.manual_seed(0)
-    model, x = linear(48, 3), torch.rand(50, 3, 4, 4)
-    with torch.no_grad():
-        model[1].weight.mul_(scale)
-        y = model(x).argmax(1)  # confident and right: the cross-entropy's gradient underflows
-    metrics = common.evaluate(model, [(x, y)], Attack(eps=8 / 255))
+    model, x = linear(48, 3), torch.full((50, 3, 4, 4), 0.5)
+    with torch.no_grad():  # logits (24·scale, 0, 0): where right and confident, the gradient underflows
+        model[1].weight.copy_(scale * F.one_hot(torch.zeros(48).long(), 3).T)
+        model[1].bias.zero_()
+    metrics = common.evaluate(model, [(x, torch.zeros(50).long())], Attack(eps=8 / 255))
     printed = capsys.readouterr().err
-    assert warned == ("gradient of exactly zero on" in printed and "autoattack" in printed)
-    assert printed.count("\n") == warned and metrics["n"] == 50
+    assert warned == ("gradient of exactly zero on 50 of 50" in printed and "autoattack" in printed)
+    assert printed.count("\n") == warned and metrics["perturbation_stability"] == 1
 
 
-def test_local_lipschitzness_is_a_tight_lower_bound_on_a_linear_network():
-    torch.manual_seed(0)
-    model = linear(12, 2)
-    weight = model[1].weight.detach()
-    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=12)))
-    largest = (signs @ weight.T).abs().sum(1).max().item()  # of ‖Wδ‖₁ over the corners ‖δ‖∞ = 1
-    stream = [(torch.full((5, 3, 2, 2), 0.5), torch.zeros(5))]
-    found = common.local_lipschitzness(model, stream, Attack(eps=0.1, step_size=0.02, steps=20))
-    assert 0.9 * largest < found <= largest * 1.001
-    assert common.local_lipschitzness(model, stream, Attack(eps=0)) == 0
-
-
-def test_local_lipschitzness_of_compiled_code_sees_one_shape_and_no_copies():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_local_lipschitzness_is_in_closed_form_on_a_linear_network(compiled):
+    """Of logits w·x and -w·x it is 2‖w‖₁. Compiled code sees one size of batch alone."""
     model, sizes = linear(12, 2), set()
-    model._compiled_call_impl = lambda x: sizes.add(len(x)) or model.forward(x)  # as if
+    with torch.no_grad():
+        model[1].weight[1] = -model[1].weight[0]
+    if compiled:
+        model._compiled_call_impl = lambda x: sizes.add(len(x)) or model.forward(x)  # as if
     x = torch.full((8, 3, 2, 2), 0.5)
-    attack = Attack(eps=0.1, step_size=0.2, steps=1, start="none")
-    found = common.local_lipschitzness(model, [(x[:5], x), (x[5:], x)], attack)
-    assert sizes == {5} and common.local_lipschitzness(model, [(x, x)], attack) == pytest.approx(found)
+    found = common.local_lipschitzness(model, [(x[:5], x), (x[5:], x)], Attack(eps=0.1, step_size=0.05))
+    assert found == pytest.approx(2 * model[1].weight[0].abs().sum().item(), rel=1e-4)
+    assert sizes == ({5} if compiled else set())
 
 
 def test_torchrun_gives_each_process_its_own_gpu(monkeypatch):
@@ -775,19 +751,6 @@ def test_torchrun_gives_each_process_its_own_gpu(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- run folder
-
-
-def start_and_stop(command, when, how, cwd=ROOT, timeout=120):
-    """Start a Python process, send it the signal `how` as soon as `when()` holds, and return it, finished."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, cwd=cwd,  # `nohup pytest &` ignores Ctrl-C:
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    deadline = time.monotonic() + timeout
-    while not when() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(how)
-    process.out, process.err = process.communicate(timeout=timeout)
-    return process
 
 
 def contents(folder):
@@ -814,23 +777,18 @@ def assert_same_runs(*folders):
     assert len({(folder / "metrics.json").read_bytes() for folder in folders}) == 1
 
 
-def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(
-        tiny, write_npz, tmp_path, capsys, monkeypatch):
+def test_a_killed_run_resumes_to_the_very_weights_of_a_whole_one(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()  # another process has no shorter attacks
-    write_npz(n_train=320)
-    tiny += ["--epochs", "4", "--test-size", "21"]
+    tiny += ["--epochs", "3", "--test-size", "21"]
     whole, cut = tmp_path / "whole", tmp_path / "run"
-    process = started(train_trades.main, tiny)
-    while lines_of(cut / "log.jsonl") < 2 and process.is_alive():
-        time.sleep(0.005)
-    process.kill()
+    process = started(train_until_killed, tiny, 10)
     process.join()
-    assert process.exitcode == -signal.SIGKILL and lines_of(cut / "log.jsonl") in (2, 3)
+    assert process.exitcode == -signal.SIGKILL and lines_of(cut / "log.jsonl") == 2
     (cut / "log.jsonl").unlink()  # a log that is lost, or cut short, is whole again
     train_trades.main(tiny)
     train_trades.main([*tiny, "--out", str(whole)])
     assert_same_runs(whole, cut)
-    assert lines_of(cut / "log.jsonl") == 4 and common.read_json(cut / "metrics.json")["last"]["n"] == 21
+    assert lines_of(cut / "log.jsonl") == 3 and common.read_json(cut / "metrics.json")["last"]["n"] == 21
 
     before = contents(cut)
     train_trades.main(tiny)  # a finished run, repeated, prints its metrics and ends
@@ -852,12 +810,16 @@ def test_ctrl_c_keeps_the_last_finished_epoch_of_a_fork_in_its_own_folder(tiny, 
     for name in "train_trades.py", "common.py":
         shutil.copy(ROOT / name, tmp_path)
     script = (tmp_path / "train_trades.py").rename(tmp_path / "train_mine.py")
-    def folders():
-        return list((tmp_path / "runs").glob("mine-tiny-wrn-10-1-beta6-seed1-*"))
-    stopped = start_and_stop([script, *tiny[:-2], "--epochs", "500"], lambda: any(
-        lines_of(folder / "log.jsonl") >= 2 for folder in folders()), signal.SIGINT, cwd=tmp_path)
-    folder, = folders()
-    assert stopped.returncode == 130 and "interrupted; " in stopped.err and stopped.err.count("\n") == 1
+    process = subprocess.Popen([sys.executable, script, *tiny[:-2], "--epochs", "500"], text=True,
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # nohup's
+    while not any(line.startswith("epoch 2/500") for line in process.stdout):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    folder, = (tmp_path / "runs").glob("mine-tiny-wrn-10-1-beta6-seed1-*")
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("train_mine.py: interrupted; ")
     assert common.read_checkpoint(folder / "last.pt")["epoch"] >= 2 and (folder / "train_mine.py").exists()
 
 
@@ -1017,15 +979,11 @@ def test_the_folder_holds_what_the_readme_promises(tiny, tmp_path, monkeypatch):
     args = checkpoint["args"]
     assert checkpoint["epoch"] == 2 and args["method"] == "trades" and args["width"] == 1
     assert args["data"] == data.hash and args == common.read_json(out / "args.json")
-    for name, metrics in common.read_json(out / "metrics.json").items():
+    for metrics in common.read_json(out / "metrics.json").values():
         assert metrics["n"] == 9 and metrics["attack"]["steps"] == 20
         assert metrics["attack"]["step_size"] == 0.003 and metrics["local_lipschitzness"] > 0
         natural, robust, stability = (metrics[key] for key in common.METRICS)
         assert robust <= min(natural, stability)
-        model = network(classes=data.classes)
-        common.load_weights(model, common.read_checkpoint(out / f"{name}.pt"), f"{name}.pt")
-        right = common.logits_of(model, common.to_float(x)).argmax(1) == y
-        assert natural == pytest.approx(right.float().mean().item())
 
 
 def test_best_is_the_epoch_of_highest_monitored_robust_accuracy(tiny, tmp_path, monkeypatch):
@@ -1122,6 +1080,7 @@ def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, monke
         (factor, "2", "3", "bb", {"rate": 2})))]
     assert len({*names}) == 7 and {*names} == {path.name for path in (tmp_path / "runs").iterdir()}
     assert (tmp_path / "runs" / names[-1] / "losses.factor.py").read_text() == "FACTOR = 3\n"
+    os.utime(tmp_path / "runs" / names[-1] / "args.json", (2e9, 2e9))  # the newest on a coarse clock, too
     folder, said = edited(script, "natural_risk + 2 * beta *", "natural_risk + beta *", "bb", rate=2)
     assert folder not in names and re.search(
         rf"{names[-1]} holds another run \(train_trades.py \w+ there, \w+ here\): this one goes to", said)
@@ -1192,7 +1151,8 @@ NO_CHECKPOINTS = {
     "empty": b"", "page": b"\n<!DOCTYPE html><html>Not found</html>", "text": b"some text",
     "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     "pickle": pickle.dumps(Harmful(), 2), "newer pickle": pickle.dumps(Harmful(), 5),
-    "saved": Harmful(), "module": nn.Linear(4, 2)}
+    "saved": Harmful(), "module": nn.Linear(4, 2), "Namespace": Namespace(x=Harmful()),
+    "array": np.array([Harmful()])}
 
 
 def test_what_torch_refuses_is_named(tmp_path):
@@ -1202,10 +1162,15 @@ def test_what_torch_refuses_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("argv, status", [(["--help"], 0), (["--epochs", "0"], 2)])
-def test_a_terminal_without_greek_is_written_to(argv, status):
-    done = subprocess.run([sys.executable, ROOT / "train_trades.py", *argv], capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": "cp1252"})
-    assert done.returncode == status and b"Error" not in done.stderr and (status or b"?" in done.stdout)
+def test_a_terminal_without_greek_is_written_to(monkeypatch, argv, status):
+    written = [io.BytesIO(), io.BytesIO()]
+    for name, stream in zip(("stdout", "stderr"), written):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, "cp1252"))
+    monkeypatch.setattr(sys, "argv", ["train_trades.py", *argv])
+    with pytest.raises(SystemExit) as ended:
+        common.launch(train_trades.main)
+    sys.stdout.flush()
+    assert (ended.value.code or 0) == status and (status or b"? of the paper" in written[0].getvalue())
 
 
 @pytest.mark.parametrize("case", NO_CHECKPOINTS)
@@ -1261,3 +1226,129 @@ def test_a_forkers_own_mistake_keeps_its_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         common.launch(main)
     assert ended.value.code == 2 and capsys.readouterr().err == "train_fork.py: error: so so\n"
+
+
+# ---- issue 35: numbers that were wrong without a word, lost data, tracebacks
+
+
+def test_every_class_must_be_among_the_images_trained_on(tmp_path, write_npz):
+    write_npz(y_train=np.array([0] * 60 + [1, 2, 3, 4]), y_test=np.zeros(21, int))
+    kept = common.load_data("tiny", tmp_path, CPU, train_size=64)
+    assert {*kept.y_train.tolist()} == {0, 1, 2, 3, 4}
+    with pytest.raises(UserError, match="10 training images are kept, and none is of class .*--train-size"):
+        common.load_data("tiny", tmp_path, CPU, train_size=10)
+
+
+@pytest.mark.parametrize("name", common.SCHEDULES)
+def test_a_run_of_one_epoch_trains(name):
+    assert common.SCHEDULES[name](1, 1) >= 0.5
+    assert common.SCHEDULES[name](1, 2) >= 0.4
+
+
+def test_gray_images_are_refused_in_an_l2_ball_alone():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
+    gray = torch.rand(4, 1, 4, 4).expand(4, 3, 4, 4)
+    y = torch.zeros(4, dtype=torch.long)
+    common.evaluate(model, [(gray, y)], Attack(steps=1, step_size=0.06))
+    with pytest.raises(UserError, match="gray.*linf"):
+        common.evaluate(model, [(gray, y)], Attack(norm="l2", eps=0.5, step_size=1.0, steps=1))
+
+
+def test_another_activation_than_the_checkpoints_is_refused():
+    saved = {"model": common.WideResNet(10, 1, 10, "silu").state_dict(), "args": {"activation": "silu"}}
+    common.load_weights(common.WideResNet(10, 1, 10, "silu"), saved, "silu.pt")
+    with pytest.raises(UserError, match="silu.pt is of a network whose activation is silu"):
+        common.load_weights(common.WideResNet(10, 1, 10), saved, "silu.pt")
+
+
+def test_of_several_networks_in_a_file_one_is_said_or_chosen(capsys):
+    raw, average = ({"conv1.weight": torch.full((1,), value), "fc.weight": torch.zeros(1)} for value in (1.0, 2.0))
+    saved = {"model": raw, "model_ema": {f"module.{name}": value for name, value in average.items()},
+             "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2, 2)}}}}
+    own, _ = common.parameters_of(saved, "both.pt")
+    assert own["conv1.weight"] == 1 and "both.pt holds model, model_ema: the weights 'model'" in capsys.readouterr().out
+    own, _ = common.parameters_of(saved, "both.pt", "model_ema")
+    assert own["conv1.weight"] == 2 and not capsys.readouterr().out
+    with pytest.raises(UserError, match="both.pt holds no weights 'swa', but model, model_ema"):
+        common.parameters_of(saved, "both.pt", "swa")
+    with pytest.raises(UserError, match="a.pt holds no weights, but list"):
+        common.parameters_of([1], "a.pt")
+
+
+def test_init_is_known_by_what_it_holds_and_a_run_goes_on_without_it(tiny, tmp_path):
+    init, flags = tmp_path / "init.pt", [*tiny, "--init", str(tmp_path / "init.pt")]
+    torch.save(common.WideResNet(10, 1, 10).state_dict(), init)
+    train_trades.main(flags)
+    kept = init.read_bytes()
+    torch.save(common.WideResNet(10, 1, 10).state_dict(), init)
+    with pytest.raises(UserError, match="holds another run .*init"):
+        train_trades.main(flags)
+    init.unlink()
+    train_trades.main(flags)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "init.pt").write_bytes(kept)
+    train_trades.main([*tiny, "--init", str(tmp_path / "elsewhere" / "init.pt")])
+
+
+@pytest.mark.parametrize("name", ["common.py", "train_trades.py", "args.json", "log.jsonl"])
+def test_a_strangers_file_under_out_is_not_replaced(tiny, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{name} is there and would be replaced"):
+        train_trades.main(tiny)
+    assert (tmp_path / "run" / name).read_text() == "{}"
+
+
+def test_a_part_that_could_not_be_read_back_is_refused_before_training(tiny, tmp_path):
+    class Prior:
+        def state_dict(self):
+            return {"prior": np.ones(3)}
+    args, _ = common.start(common.training_parser(train_trades.__file__, ""), tiny[:6] + tiny[-6:])
+    with pytest.raises(UserError, match="part 'prior' cannot be read back"):
+        common.Run(args, model=torch.nn.Linear(1, 1), prior=Prior())
+
+
+def test_a_run_is_its_code_but_for_comments_and_docstrings(tmp_path):
+    code = b'"""One.\n\nTwo."""\nimport os  # three\n\ndef f():\n    """Four."""\n    return "# five"\n'
+    assert common.code_text(code) == 'import os\ndef f():\n    return "# five"'
+    (tmp_path / "losses").mkdir()
+    for name in "losses/__init__.py", "losses/mart.py", "other.py":
+        (tmp_path / name).write_text("")
+    (tmp_path / "train_mine.py").write_text("from losses import mart\nimport numpy\n")
+    assert [*common.code_of(tmp_path / "train_mine.py")] == [
+        "common.py", "train_mine.py", "losses.__init__.py", "losses.mart.py"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--width", "0.01"], "--width 0.01 leaves a layer without channels"),
+    (["--out", "/dev/null/run"], "--out /dev/null/run"),
+    (["--data-dir", "/dev/null", "--dataset", "cifar10"], "no /dev/null/cifar10.npz, and torchvision neither")])
+def test_what_was_a_traceback_is_one_line(tiny, flags, message):
+    with pytest.raises(UserError, match=message):
+        train_trades.main([*tiny, *flags])
+
+
+def test_processes_without_torchrun_are_a_users_mistake(monkeypatch):
+    monkeypatch.setattr(common, "WORLD", 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is set, but not .*LOCAL_RANK.*torchrun"):
+        common.connect(SimpleNamespace(batch_size=4), CPU)
+
+
+@pytest.mark.parametrize("error, message", [
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), "--batch-size"),
+    (ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"), "pip install matplotlib")])
+def test_no_memory_and_no_optional_package_are_one_line(monkeypatch, error, message):
+    def main(argv):
+        raise error
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as notebooks have: no text file of the system's
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with pytest.raises(SystemExit) as ended:
+        common.launch(main)
+    assert ended.value.code == 2 and message in sys.stderr.getvalue()
+
+
+def test_an_epoch_of_one_step_has_a_speed(tiny, tmp_path):
+    train_trades.main([*tiny, "--batch-size", "64"])
+    assert all(json.loads(line)["images_per_second"] > 0
+               for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())

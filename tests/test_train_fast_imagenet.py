@@ -54,8 +54,7 @@ def phase(short_side=20, crop=16):
 def crops(root, phase, order, workers=0, seed=(), size=4):
     """(x, y) of the images numbered in `order`, from batches of `size`."""
     order, args = torch.tensor(order).split(size), Namespace(workers=workers)
-    torch.manual_seed(hash(seed))
-    stream = fast.batches(fast.Folders(root), phase, order, args, torch.device("cpu"), training=bool(seed))
+    stream = fast.batches(fast.Folders(root), phase, order, args, torch.device("cpu"), seed)
     return [torch.cat(parts) for parts in zip(*stream)]
 
 
@@ -179,15 +178,21 @@ def test_top5_accuracy_counts_every_image_once():
 # ------------------------------------------------------------------------------------------------------- data
 
 
-def test_crops_follow_from_seed_and_workers(tree):
+def test_crops_follow_from_seed_epoch_and_image_alone(tree):
+    """Not from the process that reads it (--workers), nor from the images before it (torchrun's shares)."""
     order, train = np.random.default_rng(0).permutation(18), tree / "train"
+    torch.manual_seed(5)
     x, y = crops(train, phase(), order, seed=(1, 1))
+    after = torch.rand(1)
     assert x.shape == (18, 3, 16, 16) and 0 <= x.min() < 0.5 < x.max() <= 1
     assert y.tolist() == [int(i >= 9) for i in order]
-    for workers in (0, 2):
-        one, again, other = (crops(train, phase(), order, workers, seed)[0]
-                             for seed in ((1, 1), (1, 1), (1, 2)))
-        assert torch.equal(one, again) and (one != other).flatten(1).any(1).all()
+    for workers in (1, 2):
+        torch.manual_seed(5)
+        assert torch.equal(crops(train, phase(), order, workers, seed=(1, 1))[0], x)
+        assert torch.rand(1) == after  # what an attack starts from
+    assert torch.equal(crops(train, phase(), order[1::2], seed=(1, 1))[0], x[1::2])
+    for seed in (1, 2), (2, 1):
+        assert (crops(train, phase(), order, seed=seed)[0] != x).flatten(1).any(1).all()
     shutil.copy(train / "cat" / "0.JPEG", train / "cat" / "1.JPEG")
     assert not torch.equal(*crops(train, phase(), [0, 1], seed=(1, 1))[0])
 

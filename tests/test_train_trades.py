@@ -17,14 +17,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import log_of, started, wait_for
+from conftest import log_of, started, train_until_killed
 from torchvision.datasets import CIFAR100
 
 import common
 import train_at
 import train_awp
 import train_trades
-from common import Attack, UserError
+from common import UserError
 
 # --------------------------------------------------------------------------------------------------- formula
 
@@ -44,34 +44,20 @@ def test_loss_and_gradients_are_the_formula(check_loss):
     check_loss(train_trades.trades_loss, risks, beta=6.0)
 
 
-@pytest.mark.parametrize("steps", ["1", "10"])
-def test_attack_and_update_are_the_formulas(check_steps, steps):
-    check_steps(train_trades.main, ["--steps", steps], risks,
+def test_attack_and_update_are_the_formulas(check_steps):
+    check_steps(train_trades.main, ["--steps", "3"], risks,
                 attacked=lambda logits, logits_adv, y: kl(logits, logits_adv).sum())
-
-
-def test_attack_in_float32_steps_as_in_float64_away_from_ties(problem):
-    model, exact, x, _, _ = problem
-    torch.manual_seed(1)
-    x_adv, _ = common.pgd(model, x, common.kl_to(common.clean_probabilities(model, x)),
-                          Attack("kl", step_size=0.007, steps=1, start="gaussian"))
-    torch.manual_seed(1)
-    start = (x + 0.001 * torch.randn(x.shape)).double().requires_grad_()
-    exact.eval()
-    gradient, = torch.autograd.grad(kl(exact(x.double()), exact(start)).sum(), start)
-    wanted = (start + 0.007 * gradient.sign()).clamp(0, 1)  # far inside the ball
-    clear = gradient.abs() > 1e-3 * gradient.abs().max()  # near x the KL is a difference of near equals
-    assert clear.float().mean() > 0.95
-    torch.testing.assert_close(x_adv.double()[clear], wanted[clear], rtol=0, atol=1e-6)
 
 
 # --------------------------------------------------------------------------- what its successors build on it
 
 
+X, Y = np.random.default_rng(1).integers(0, 256, (30, 8, 8, 3), np.uint8), np.arange(30) % 10
+
+
 @pytest.fixture
 def extra(tmp_path):
-    images = np.random.default_rng(1).integers(0, 256, (30, 8, 8, 3), np.uint8)
-    np.savez(tmp_path / "extra.npz", image=images, label=np.arange(30) % 10)
+    np.savez(tmp_path / "extra.npz", image=X, label=Y)
     return ["--extra-data", str(tmp_path / "extra.npz")]
 
 
@@ -79,16 +65,15 @@ def test_training_with_extra_data(tiny, extra, tmp_path, monkeypatch):
     seen, loss = [], train_trades.trades_loss
     monkeypatch.setattr(train_trades, "trades_loss", lambda model, x, *rest: (
         seen.append(len(x)) or loss(model, x, *rest)))
-    train_trades.main([*tiny, *extra, "--nesterov", "--schedule", "cosine", "--epochs", "1"])
+    train_trades.main([*tiny, *extra, "--nesterov", "--epochs", "1"])
     assert seen == [16] * 4  # as many images as the labelled set has
     checkpoint = common.read_checkpoint(tmp_path / "run" / "last.pt")
     assert checkpoint["optimizer"]["param_groups"][0]["nesterov"] is True
-    np.savez(tmp_path / "extra.npz", image=np.full((30, 8, 8, 3), 9, np.uint8), label=np.arange(30) % 10)
+    np.savez(tmp_path / "extra.npz", image=X[::-1], label=Y)
     with pytest.raises(UserError, match="data .* there, .* here"):  # another file of the same name
-        train_trades.main([*tiny, *extra, "--nesterov", "--schedule", "cosine", "--epochs", "1"])
+        train_trades.main([*tiny, *extra, "--nesterov", "--epochs", "1"])
 
 
-X, Y = np.random.default_rng(1).integers(0, 256, (30, 8, 8, 3), np.uint8), np.arange(30) % 10
 MALFORMED = {
     "missing": (None, "No such file"), "text": (b"not an archive", "cannot be read"),
     "other names": ({"images": X, "label": Y}, ".npz of image, label"),
@@ -111,16 +96,15 @@ def test_malformed_extra_data_is_refused(tiny, tmp_path, case):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_documented_line_converts_the_published_pickle(tiny, tmp_path):
+def test_the_documented_line_converts_the_published_pickle(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     published = {"data": X, "extrapolated_targets": list(Y), "model": "vanilla"}
-    (tmp_path / "ti_500K_pseudo_labeled.pickle").write_bytes(pickle.dumps(published))
-    start = train_trades.__doc__.index('python -c "') + len('python -c "')
-    line = train_trades.__doc__[start:train_trades.__doc__.index('"\n', start)].replace("\\\n", "")
-    (tmp_path / "data").mkdir()
-    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+    Path("ti_500K_pseudo_labeled.pickle").write_bytes(pickle.dumps(published))
+    Path("data").mkdir()
+    exec(train_trades.__doc__.split('python -c "')[1].split('"\n')[0].replace("\\\n", ""), {})
     data = common.load_data("tiny", tmp_path, torch.device("cpu"))
     n = len(data)
-    train_trades.add_extra(str(tmp_path / "data" / "ti500k.npz"), data)
+    train_trades.add_extra("data/ti500k.npz", data)
     assert len(data) == n and data.extra == len(X)
     assert np.array_equal(data.x_train[n:].permute(0, 2, 3, 1), X) and np.array_equal(data.y_train[n:], Y)
 
@@ -176,16 +160,13 @@ def test_lambda_follows_the_reference_and_wants_a_fitting_one(tiny, tmp_path, mo
     log, reference = log_of(Path("run")), log_of(Path("narrow"))
     assert log[0]["beta"] == 2 and log[1]["beta"] == train_trades.adjusted_beta(log[:1], reference)
     auto[auto.index("--out") + 1] = "other"
-    for more, message in ((["--width", "2"], "--beta auto and --reference RUN go together"),
-                          (["--reference", "none"], "none/last.pt: No such file"),
-                          (["--reference", "narrow", "--epochs", "4"], "--epochs 2 there, 4 here"),
-                          (["--reference", "narrow", "--eps", "0.02"], "--eps 0.031 there"),
-                          (["--reference", "narrow", "--label-smoothing", "0.1"], "--label-smoothing 0.0 "),
-                          (["--reference", "narrow", "--steps", "3"], "--steps 2 there"),
-                          (["--reference", "narrow", "--weight-decay", "1e-3"], "--weight-decay 0.0002 "),
-                          (["--reference", "narrow", "--beta", "3"], "go together")):
+    for more, message in (("--width 2", "--beta auto and --reference RUN go together"),
+                          ("--reference narrow --beta 3", "go together"),
+                          ("--reference none", "none/last.pt: No such file"),
+                          ("--reference narrow --epochs 4", "--epochs 2 there, 4 here"),
+                          ("--reference narrow --eps 0.02 --steps 3", "--eps 0.031 there.*--steps 2 there")):
         with pytest.raises(UserError, match=message):
-            train_trades.main([*auto, *more])
+            train_trades.main([*auto, *more.split()])
     checkpoint = common.read_checkpoint("narrow/last.pt")
     torch.save({**checkpoint, "log": checkpoint["log"][:1]}, "narrow/last.pt")
     with pytest.raises(UserError, match="unfinished: 1 of 2 epochs"):
@@ -227,17 +208,14 @@ def cifar100(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script, arch, width", [
     (train_trades, "wrn", "1"), (train_at, "densenet", "4"), (train_awp, "preact", "1/8"),
     (train_awp, "densenet", "4")])
-def test_every_script_trains_on_cifar100(tiny, cifar100, tmp_path, monkeypatch, script, arch, width):
-    monkeypatch.setattr(common, "report_attack", lambda eps, norm, step=0: Attack(step_size=0.03, steps=2))
+def test_every_script_trains_every_network_on_cifar100(tiny, cifar100, tmp_path, script, arch, width):
     out = tmp_path / "run"
-    script.main([*tiny, "--dataset", "cifar100", "--arch", arch, "--width", width, "--train-size", "100",
-                 "--batch-size", "50", "--steps", "1", "--step-size", "0.031", "--epochs", "1",
-                 "--test-size", "50"])
+    script.main([*tiny, "--dataset", "cifar100", "--arch", arch, "--width", width, "--train-size", "150",
+                 "--batch-size", "50", "--steps", "1", "--step-size", "0.031", "--epochs", "1"])
     metrics = common.read_json(out / "metrics.json")["last"]
-    assert metrics["n"] == 50 and 0 <= metrics["robust_accuracy"] <= metrics["natural_accuracy"] < 0.2
+    assert metrics["n"] == 8 and 0 <= metrics["robust_accuracy"] <= metrics["natural_accuracy"]
     classifier = "linear.weight" if arch == "preact" else "fc.weight"
     assert common.read_checkpoint(out / "last.pt")["model"][classifier].shape[0] == 100
-    assert np.log(100) - 1 < log_of(out)[0]["natural_risk"] < np.log(100) + 2
 
 
 TODAY = ("--ema 0.9 --activation silu --label-smoothing 0.1 --nesterov --no-norm-decay --schedule one-cycle "
@@ -287,16 +265,18 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, extra, tmp_path, monkey
         script.main([*tiny, *flags, *other])
 
 
-@pytest.mark.parametrize("script, more", [(script, []) for script in SCRIPTS] + [(train_trades, ["extra"])])
-@pytest.mark.parametrize("flags, share", [(["--no-flip"], 0), ([], 0.5)])
-def test_no_flip_never_mirrors(tiny, extra, monkeypatch, script, more, flags, share):
+@pytest.mark.parametrize("script, flags", [
+    (train_trades, []), (train_at, []), (train_awp, []), (train_trades, ["extra"])])
+def test_no_flip_never_mirrors(tiny, extra, monkeypatch, script, flags):
     flipped, genuine = [], common.crop_flip
     monkeypatch.setattr(common, "crop_flip", lambda images, top, left, flip, *padding: (
         flipped.append(flip) or genuine(images, top, left, flip, *padding)))
     monkeypatch.setattr(common.Run, "finish", lambda run, test: None)
-    script.main([*tiny, "--steps", "0", "--epochs", "4", "--eval-every", "4", *flags, *(more and extra)])
-    assert len(torch.cat(flipped)) == 256
-    assert abs(torch.cat(flipped).float().mean().item() - share) < 0.2 * share + 1e-9
+    for more in ["--no-flip"], []:
+        script.main([*tiny, "--steps", "0", "--epochs", "1", "--out", f"{tiny[-1]}{more}", *more,
+                     *(flags and extra)])
+    found = torch.cat(flipped)
+    assert len(found) == 128 and not found[:64].any() and found[64:].any() and not found[64:].all()
 
 
 @pytest.mark.parametrize("script, odd", [
@@ -311,10 +291,10 @@ def test_odd_data_sets_work(tiny, tmp_path, write_npz, script, odd):
     assert "classes" not in odd or metrics["robust_accuracy"] == metrics["perturbation_stability"] == 1
 
 
-def test_synthetic_data_trade_natural_for_robust_accuracy(train_on_synthetic):
-    out, _, metrics, _ = train_on_synthetic(train_trades.main)
+def test_a_first_look(train_on_synthetic):
+    out, log, metrics, settings = train_on_synthetic(train_trades.main)
     assert out.name[:-7] == "trades-synthetic-wrn-10-1-beta6-seed1"
-    assert metrics["n"] == 80 and metrics["robust_accuracy"] > 0.3  # chance: 0.1
+    assert len(log) == 4 and metrics["n"] == 80 and settings["lr"] == 0.2
 
 
 def test_lambda_zero_is_plain_training_on_clean_images(tiny, tmp_path, capsys, monkeypatch):
@@ -410,30 +390,32 @@ def test_two_processes_compute_what_one_does(tmp_path):
     assert "process 0 agrees" in errors and "process 1 agrees" in errors, errors[-2000:]
 
 
-def train_as(rank, port, argv, said):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    common.RANK, common.WORLD, sys.argv[1:] = rank, 2, argv
+def train_as(rank, port, argv, said, steps):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    common.RANK, common.WORLD = rank, 2
     sys.stdout = sys.stderr = open(f"{said}-{rank}", "w")
+    if rank and steps:
+        train_until_killed(argv, steps)
+    sys.argv[1:] = argv
     common.launch(train_trades.main)
 
 
-def two_processes(argv, said):
-    """They train together, as torchrun's would; what they say goes to a file each."""
+def two_processes(argv, said, steps=0):
+    """They train as torchrun's would. What they say goes to a file each. In step `steps` the second is killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [started(train_as, rank, port, argv, said) for rank in range(2)]
+    return [started(train_as, rank, port, argv, said, steps) for rank in range(2)]
 
 
-def test_a_shared_run_is_one_run_and_resumes(tiny, tmp_path, write_npz):
-    write_npz(n_train=320)  # time enough to kill one
+def test_a_shared_run_is_one_run_and_resumes(tiny, tmp_path):
     whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
-    processes = [two_processes([*tiny, "--out", str(out)], f"{out}.txt") for out in (whole, stopped)]
-    wait_for(stopped / "last.pt", processes[1][1])
-    processes[1][1].kill()  # the other one cannot go on
-    for process in processes[0] + processes[1]:
+    processes = [process for out, steps in ((whole, 0), (stopped, 6))  # of eight: the other one cannot go on
+                 for process in two_processes([*tiny, "--out", str(out)], f"{out}.txt", steps)]
+    for process in processes:
         process.join(900)
-    assert [process.exitcode == 0 for process in processes[0] + processes[1]] == [True, True, False, False]
+    assert [process.exitcode == 0 for process in processes] == [True, True, False, False]
     said = Path(f"{whole}.txt-0").read_text()
     assert said.count("epoch 2/2") == 1 and not Path(f"{whole}.txt-1").read_text()  # one process speaks
     assert [line["n"] for line in log_of(whole)] == [8, 8]
