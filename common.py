@@ -238,7 +238,7 @@ def in_order(x, y, batch_size):
 
 # --------------------------------------------------------------------------------------------------- networks
 
-ACTIVATIONS = {"relu": functools.partial(F.relu, inplace=True), "silu": F.silu}  # --activation
+ACTIVATIONS = {"relu": torch.relu_, "silu": F.silu}  # --activation
 
 
 class _Block(nn.Module):
@@ -426,7 +426,7 @@ def build_model(args, data, device):
     model = NETWORKS[args.arch](args.depth, args.width, data.classes, args.activation)
     if not all(parameter.numel() for parameter in model.parameters()):
         raise UserError(f"--width {args.width} leaves a layer without channels")
-    if args.init and not Path(args.out or "", "last.pt").exists():  # which is a run that goes on
+    if args.init and not (args.out and Path(args.out, "last.pt").exists()):  # a run that goes on has its own
         load_weights(model, read_checkpoint(args.init), args.init, new_classifier=True)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -453,7 +453,8 @@ def parameters_of(checkpoint, source, choice=None):
     sets = weight_sets(checkpoint)
     if not sets or choice and choice not in sets:
         found = sets or (checkpoint if isinstance(checkpoint, dict) else [type(checkpoint).__name__])
-        raise UserError(f"{source} holds no weights{f' {choice!r}' if choice else ''}, but {some_of(found)}")
+        wanted = f"weights {choice}" if choice else "weights"
+        raise UserError(f"{source} holds no {wanted}, but {some_of(found) or 'nothing'}")
     usual = [name for name in ("state_dict", "model_state_dict", "net", "model") if name in sets]
     name = choice or [*usual, *sets][0]
     if len(sets) > 1 and not choice:
@@ -472,10 +473,10 @@ def load_weights(model, checkpoint, source, new_classifier=False):
     numbers of classes differ, the model keeps its own and says so.
     """
     found, others = parameters_of(checkpoint, source)
-    settings = checkpoint.get("args") or {}  # a published one's may be a Namespace
+    settings = checkpoint.get("args")  # a published one's may be a Namespace
     activation = settings.get("activation") if isinstance(settings, dict) else None
-    if activation and getattr(model, "act", None) is not ACTIVATIONS.get(activation):
-        raise UserError(f"{source} is of a network whose activation is {activation}: make the network with it")
+    if activation and getattr(model, "act", None) not in (None, ACTIVATIONS.get(activation)):
+        raise UserError(f"{source} is of a network whose activation is {activation}: make this one with it")
     state = {name: value for name, value in (others | found).items()
              if not name.startswith("sub_block1.") and not name.endswith("n_averaged")}  # unused, of TRADES
     own = model.state_dict()
@@ -575,7 +576,7 @@ def bf16_is_faster(model, images):
     On fewer where they take fp32 over 0.1 s: a slow machine does not wait long.
     """
     def seconds(precision, n):
-        with _set(model.modules(), "precision", precision):
+        with temporarily(model.modules(), "precision", precision):
             began = time.perf_counter()
             pgd(model, to_float(images[:n]), torch.sum, Attack(eps=0.0, steps=1))
             return time.perf_counter() - began
@@ -592,7 +593,7 @@ def bf16_is_faster(model, images):
 
 
 @contextlib.contextmanager
-def _set(objects, name, value):
+def temporarily(objects, name, value):
     """Inside, `name` is `value` on all the objects that have it. Afterwards it is as found."""
     found = [(thing, getattr(thing, name)) for thing in objects if getattr(thing, name, value) != value]
     try:
@@ -607,13 +608,14 @@ def _set(objects, name, value):
 @contextlib.contextmanager
 def attack_mode(model):
     """Eval mode and frozen parameters, so that gradients go to the input alone; both as found afterwards."""
-    with _set(model.modules(), "training", False), _set(model.parameters(), "requires_grad", False):
+    frozen = temporarily(model.parameters(), "requires_grad", False)
+    with temporarily(model.modules(), "training", False), frozen:
         yield
 
 
 def exact_precision(model):
     """Inside, the `Network`s in a model run in float32."""
-    return _set(model.modules(), "precision", "fp32")
+    return temporarily(model.modules(), "precision", "fp32")
 
 
 @contextlib.contextmanager
@@ -850,6 +852,16 @@ def logits_of(model, x, first=0):
     return logits
 
 
+def check_images(x, norm):
+    """UserError if x [N, 3, H, W] is no batch that the ball of an attack is meant for."""
+    if not (x.amin() >= 0 and x.amax() <= 1):  # NaN fails, too
+        raise UserError(f"images must be in [0, 1], not in [{x.amin():.4g}, {x.amax():.4g}]; "
+                        "a network that wants others must scale them itself")
+    if norm == "l2" and len(x) > 1 and (x == x[:, :1]).all():
+        raise UserError("these images are gray, three equal channels that an attack would move apart: the ℓ2 "
+                        "ball is another one there; take --norm linf")
+
+
 def predictions(model, stream, attack, seed=0):
     """(y, f(x), f(x̂)) [N] of every image of a stream, under `pgd` with this record.
 
@@ -860,13 +872,9 @@ def predictions(model, stream, attack, seed=0):
     found, unmoved, n, size = [], 0, 0, 0
     for i, (x, y) in enumerate(stream):
         size = max(size, len(x))
-        if not (x.amin() >= 0 and x.amax() <= 1):  # NaN fails, too
-            raise UserError(f"images must be in [0, 1], not in [{x.amin():.4g}, {x.amax():.4g}]; "
-                            "a network that wants others must scale them itself")
-        if attack.norm == "l2" and len(x) > 1 and (x == x[:, :1]).all():
-            raise UserError("these images are gray, three equal channels that an attack would move apart: an "
-                            "ℓ2 ball is another one there; take --norm linf")
-        with _set([model] if len(x) < size else [], "_compiled_call_impl", None):  # else it compiles anew
+        check_images(x, attack.norm)
+        smaller = [model] if len(x) < size else []  # which compiled code is not for
+        with temporarily(smaller, "_compiled_call_impl", None):
             natural = adversarial = logits_of(model, x, n).argmax(1)
             gradient = torch.zeros(len(x), device=x.device)
             for restart in range(attack.restarts):
@@ -905,7 +913,8 @@ def local_lipschitzness(model, stream, attack, seed=0, starts=3):
     largest, size = [], 0
     for i, (x, _) in enumerate(stream):
         size = max(size, len(x))
-        with exact_precision(model), _set([model] if len(x) < size else [], "_compiled_call_impl", None):
+        smaller = [model] if len(x) < size else []
+        with exact_precision(model), temporarily(smaller, "_compiled_call_impl", None):
             clean, best = logits_of(model, x), torch.zeros(len(x), device=x.device)
             for start in range(starts):
                 with fixed_seed(((1000 * seed + start) * 10 ** 6 + i) % 2 ** 63, x.device):
@@ -977,10 +986,10 @@ class Run:
     """A run folder: args.json, log.jsonl, last.pt, best.pt, metrics.json, and copies of the code that ran.
 
     A run is its settings, its data, what the file of --init holds, and its code: the script and what it
-    imports from its folder, but for comments and docstrings. The default folder is named after all of it. So the same
-    command goes on after the last epoch that was finished, as if it had never stopped. Any other command or
-    edit begins elsewhere. A folder named with --out is refused to another run. --precision counts as it was
-    asked for. What "auto" was found to be is in the checkpoint, and a resumed run keeps it.
+    imports from its folder, but for comments and docstrings. The default folder is named after all of it. So
+    the same command goes on after the last epoch that was finished, as if it had never stopped. Any other
+    command or edit begins elsewhere. A folder named with --out is refused to another run. --precision counts
+    as it was asked for. What "auto" was found to be is in the checkpoint, and a resumed run keeps it.
 
     A checkpoint holds the `state_dict` of every part, of any name; "model" is what is tested. An epoch's
     random numbers follow from (seed, epoch). best.pt is the epoch with the highest `robust_accuracy` given to
@@ -988,12 +997,13 @@ class Run:
     """
 
     def __init__(self, args, data=None, /, **parts):
+        assert not {"epoch", "log", "args", "image_size", "precision"} & parts.keys(), "Run's own names"
         self.args, self.parts, self.images = args, parts, len(data) if data else 0
         self.size = [*data.x_train.shape[1:]] if hasattr(data, "x_train") else None
         files = code_of(Path(args.script))
         self.settings = self._settings(files, data.hash if data else None)
         digest = hashed(json.dumps(self.settings, sort_keys=True))[:6]
-        self.folder = Path(args.out or f"runs/{args.name}-{digest}").expanduser()
+        self.folder = Path(args.out or f"runs/{args.name}-{digest}")
         self.lock = None if RANK else lock(self.folder)
         found = [name for name in ("last.pt", "best.pt", "metrics.json") if (self.folder / name).exists()]
         if found and found[0] != "last.pt":
@@ -1020,32 +1030,31 @@ class Run:
         free = MAY_CHANGE | {*getattr(self.args, "may_change", ())}
         settings = {name: value for name, value in vars(self.args).items() if name not in free}
         if settings.get("init"):  # its name may come to hold something else; a run in --out needs it no more
-            kept = Path(self.args.out or "", "args.json")
             file = Path(self.args.init).expanduser()
-            settings["init"] = (hashed(file.read_bytes()) if file.exists() or not kept.exists()
-                                else read_json(kept).get("init"))
-        settings |= {"data": data, **{name: hashed(code_text(content))[:6] for name, content in files.items()}}
-        return json.loads(json.dumps(settings))
+            settings["init"] = (hashed(file.read_bytes()) if file.exists()
+                                else read_json(Path(self.args.out, "args.json")).get("init"))
+        code = {name: hashed(code_text(content))[:6] for name, content in files.items()}
+        return json.loads(json.dumps({**settings, "data": data, **code}))
 
     def _begin(self, files):
         """Before anything is written: refuse what is a stranger's, and parts that could not be read back."""
         ours = self.folder / "args.json"
-        if not ours.exists() or read_json(ours) != self.settings:
-            for name in {*files, ours.name, "log.jsonl"}:
-                if (self.folder / name).exists() and (self.folder / name).read_bytes() != files.get(name):
-                    raise UserError(f"{self.folder / name} is there and would be replaced; choose another --out")
+        if RANK == 0 and (not ours.exists() or read_json(ours) != self.settings):
+            for path in (self.folder / name for name in (*files, ours.name, "log.jsonl")):
+                if path.exists() and path.read_bytes() != files.get(path.name):
+                    raise UserError(f"{path} is there and would be replaced; choose another --out")
         for name, part in self.parts.items():
-            if not isinstance(part, (nn.Module, torch.optim.Optimizer)):
-                torch.save(part.state_dict(), content := io.BytesIO())
-                try:
-                    torch.load(io.BytesIO(content.getvalue()), weights_only=True)
-                except pickle.UnpicklingError as error:
-                    raise UserError(f"part {name!r} cannot be read back from a checkpoint, which holds tensors, "
-                                    f"numbers and text ({str(error).splitlines()[0]})") from None
-        others = sorted(self.folder.parent.glob(f"{self.args.name}-??????/args.json"), key=os.path.getmtime)
-        if not self.args.out and not ours.exists() and others:
-            say(f"{others[-1].parent} holds another run ({differences(read_json(others[-1]), self.settings)}): "
-                f"this one goes to {self.folder}")
+            torch.save(part.state_dict(), content := io.BytesIO())
+            try:
+                torch.load(io.BytesIO(content.getvalue()), weights_only=True)
+            except pickle.UnpicklingError:
+                raise UserError(f"part {name!r} could not be read back: its state_dict may hold tensors, "
+                                "numbers, text, lists and dicts of these") from None
+        if not self.args.out and not ours.exists():
+            others = self.folder.parent.glob(f"{self.args.name}-??????/args.json")
+            for newest in sorted(others, key=os.path.getmtime)[-1:]:
+                differing = differences(read_json(newest), self.settings)
+                say(f"{newest.parent} holds another run ({differing}): this one goes to {self.folder}")
 
     def epochs(self):
         """The epochs still to do, counted from 1."""
@@ -1053,7 +1062,7 @@ class Run:
             self._publish()
         for self.epoch in range(self.done + 1, self.args.epochs + 1):
             seed_everything(self.args.seed, self.epoch)
-            self.recorded, self.seen, self.clock = {}, 0, None
+            self.recorded, self.seen, self.rate, self.clock = {}, 0, 0.0, None
             self.began = time.perf_counter()
             yield self.epoch
 
@@ -1139,10 +1148,11 @@ def differences(before, now):
 def code_text(content):
     """Python code, bytes, as text without comments, docstrings and empty lines; the same in every Python."""
     lines, before = io.TextIOWrapper(io.BytesIO(content), "utf-8").readlines(), tokenize.NEWLINE
-    for token in [*tokenize.tokenize(io.BytesIO(content).readline)]:
+    for token in tokenize.tokenize(io.BytesIO(content).readline):
         (first, start), (last, end) = token.start, token.end
-        docstring = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-        if token.type == tokenize.COMMENT or docstring and not lines[last - 1][end:].strip():
+        begins = before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        if (token.type == tokenize.COMMENT
+                or token.type == tokenize.STRING and begins and not lines[last - 1][end:].strip()):
             lines[first - 1:last] = [lines[first - 1][:start] + "\n"] + ["\n"] * (last - first)
         if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
             before = token.type
@@ -1162,10 +1172,10 @@ def code_of(script):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 module, names = getattr(node, "module", None), [alias.name for alias in node.names]
                 names = [module, *(f"{module}.{name}" for name in names)] if module else names
-                modules = {base.joinpath(*name.split(".")) for name in names for base in (folder, path.parent)}
-                files = [file for module in sorted(modules)
-                         for file in (module.with_suffix(".py"), module / "__init__.py")]
-                waiting += [file for file in files if file.is_file() and file not in waiting]
+                for module in (base.joinpath(*name.split(".")) for name in names
+                               for base in (folder, path.parent)):
+                    waiting += [file for file in (module.with_suffix(".py"), module / "__init__.py")
+                                if file.is_file() and file not in waiting]
     return found
 
 
@@ -1242,7 +1252,8 @@ def read_checkpoint(path):
     """A checkpoint's dict, on the CPU, read without running any code in it, or UserError."""
     path = Path(path).expanduser()
     try:
-        with torch.serialization.safe_globals(BESIDE_WEIGHTS), warnings.catch_warnings(action="ignore"):
+        with torch.serialization.safe_globals(BESIDE_WEIGHTS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
@@ -1388,10 +1399,11 @@ def training_parser(file, doc, quick=None, **defaults):
     add("--eval-every", type=integer(), default=1, metavar="N", help="epochs between monitor evaluations")
     add("--eval-size", type=integer(), default=1000, metavar="N", help="test images in a monitor evaluation")
     add("--test-size", type=integer(), metavar="N", help="random test images in metrics.json; by default all")
-    add("--quick", action="store_true", help="a first look: synthetic data, WRN-10-1; options beside it win")
+    add("--quick", action="store_true", help="a first look: synthetic data, WRN-10-1, few epochs; "
+        "options beside it win")
     parser.set_defaults(**defaults)
-    parser.quick = {"dataset": "synthetic", "depth": 10, "width": 1, "epochs": 8, "train_size": 3000,
-                    "lr": 0.2, "schedule": "one-cycle", "batch_size": 64, "steps": 2, "step_size": 0.016,
+    parser.quick = {"dataset": "synthetic", "epochs": 8, "train_size": 3000, "lr": 0.2,
+                    "schedule": "one-cycle", "batch_size": 64, "steps": 2, "step_size": 0.016,
                     "eval_every": 4, "eval_size": 200, "compile": "off", **(quick or {})}
     return parser
 
@@ -1401,9 +1413,10 @@ def start(parser, argv):
     if "--quick" in argv:
         parser.set_defaults(**getattr(parser, "quick", {}))
     args = parser.parse_args(argv)
+    args.out = args.out and os.path.expanduser(args.out)
     device = connect(args, pick_device(args.device))
     if hasattr(args, "arch"):
-        depth, width = NETWORKS[args.arch].usual
+        depth, width = (10, 1) if args.quick and args.arch == "wrn" else NETWORKS[args.arch].usual
         args.depth, args.width = args.depth or depth, args.width or width
         args.width = int(args.width) if args.width == int(args.width) else args.width
         beta = f"-beta{args.beta}".removesuffix(".0") if hasattr(args, "beta") else ""  # a fork may have none

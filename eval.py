@@ -129,8 +129,8 @@ def load(path, args, device):
     model = common.build_model(argparse.Namespace(**how), data, device)
     if not settings and any(".shortcut." in name for name in own):
         if not args.shortcut:
-            raise UserError(f"{file} is a PreActResNet, whose parameters do not tell what its projections take: "
-                            "--shortcut normalized, as in AWP's and robust_overfitting's, or raw, as in Fast AT's")
+            raise UserError(f"{file} is a PreActResNet; its parameters do not tell what projections take: "
+                            "--shortcut normalized, as AWP's and robust_overfitting's, or raw, as Fast AT's")
         run["shortcut"] = args.shortcut
         for block in model.modules():
             block.raw = args.shortcut == "raw"  # which _Block looks at
@@ -170,7 +170,7 @@ def guess_network(state, file):
         arch, depth, width = "wrn", 2 * blocks + 4, channels["block1.layer.0.conv2.weight"] / 16
     else:
         raise UserError(f"{file} holds no network with the parameter names of TRADES or AWP, but "
-                        f"{', '.join([*state][:3])}, ...; README.md shows how to evaluate any module from Python")
+                        f"{', '.join([*state][:3])}, ...; README.md says how to evaluate any module")
     return {"arch": arch, "depth": depth, "width": int(width) if width == int(width) else width}
 
 
@@ -255,14 +255,17 @@ def autoattack(model, x, attack, args):
     """f(x), f(x̂) [N] by the standard AutoAttack (Croce & Hein 2020) of the labels f(x)."""
     import pyautoattack
     images = common.to_float(x).contiguous()
+    common.check_images(images, attack.norm)
     logits = [common.logits_of(model, part, i * args.batch_size)
               for i, part in enumerate(images.split(args.batch_size))]
     natural = torch.cat(logits).argmax(1)
+    if (classes := logits[0].shape[1]) < 4:
+        raise UserError(f"AutoAttack's losses need four classes or more, not {classes}")
     with common.fixed_seed(0, x.device), common.attack_mode(model), common.exact_precision(model):
         package = pyautoattack.AutoAttack(model, norm=NORMS[attack.norm], eps=attack.eps, seed=0,
                                           device=x.device)
         for targeted in package.apgd_targeted, package.fab:
-            targeted.n_target_classes = min(9, logits[0].shape[1] - 1)
+            targeted.n_target_classes = min(9, classes - 1)
         model.to(memory_format=torch.contiguous_format)  # channels_last forbids its views of gradients
         _, adversarial = package.run_standard_evaluation(images, natural, batch_size=args.batch_size)
         model.to(memory_format=torch.channels_last)
@@ -365,7 +368,7 @@ def cell(value=math.nan, low=math.nan, high=math.nan):
 
 
 def table(rows):
-    """Markdown: a line for each averaged row, below what was `evaluated`; what else sets lines apart, below it."""
+    """Markdown: a line per averaged row, above it what was `evaluated`, below what else sets lines apart."""
     lines = [["model", "weights", *COLUMNS]]
     for row in rows:
         weights = row["run"].get("weights", "") + (", unfinished" if "unfinished" in row["run"] else "")
@@ -376,8 +379,9 @@ def table(rows):
     lines.insert(1, ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
     lines = [" | ".join(text.ljust(width) if i < 2 else text.rjust(width)
                         for i, (text, width) in enumerate(zip(line, widths))) for line in lines]
+    same = {"seed": 0, "epoch": 0, "hash": 0}
     apart = [f"{one['path']} and {other['path']} are not averaged: "
-             f"{common.differences(*({**row['run'], 'seed': 0, 'epoch': 0, 'hash': 0} for row in (one, other)))}"
+             f"{common.differences({**one['run'], **same}, {**other['run'], **same})}"
              for group in grouped(rows, named) for one, other in zip(group, group[1:])]
     return "\n".join([evaluated(rows[0]), "", *(f"| {line} |" for line in lines), "", *apart])
 
@@ -408,7 +412,8 @@ def plot(args, rows):
         return len({row["run"].get(axis) for row in rows}) > 1
 
     figures = {"metrics": map(bars, grouped(rows, evaluated)),
-               "against-width": (sweep(rows, "width", "beta") for rows in experiments if several(rows, "width")),
+               "against-width": (sweep(rows, "width", "beta") for rows in experiments
+                                 if several(rows, "width")),
                "against-lambda": (sweep(rows, "beta", "width") for rows in map(numbered, experiments)
                                   if several(rows, "beta")),
                "by-epoch": map(by_epoch, grouped(sorted(logs, key=order), experiment, *free))}

@@ -11,12 +11,13 @@ its proof: ‖∇ₓL‖₂ is at most that for every loss with |L'| ≤ 1, such
 Networks: "lemma" is the lemma's, at a fixed input size d. "d=m" is the same with d = m. "fan-in" scales the
 first layer by its fan-in, as libraries do, which the lemma does not cover. Norms are medians over seeds and
 points x. "trained": after adversarial training in B(R), the largest that a search of B(x, ε) finds, a lower
-bound. m^ and H^ are exponents: the slope of log norm in log m or log H, ± Student's 95 % interval over seeds.
+bound. An exponent is the slope of log norm in log m or log H, ± Student's 95 % interval over seeds.
 
 Found: the bound holds with a constant near 1, and is loose. The gradient is flat in H, and in m at a fixed d.
 It grows as √m where d = m, and where the first layer has fan-in scale. Training changes none of it.
 """
 import math
+import os
 import time
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def exponent(sizes, medians):
 
 def growth(norms, sweep, axis, name, place):
     """`exponent` of a network's norms at a place, in m (axis 0) or H (axis 1)."""
-    medians = [norms[name, *size][place].quantile(0.5, -1).tolist() for size in sweep]
+    medians = [norms[(name, *size)][place].quantile(0.5, -1).tolist() for size in sweep]
     return exponent([size[axis] for size in sweep], medians)
 
 
@@ -156,9 +157,9 @@ def table(norms, sweeps, args):
         yield line(head, "√(mH)", [name for name, _ in columns])
         for size in sweep:
             yield line(f"{size[axis]:>5}", f"{math.sqrt(math.prod(size)):.1f}",
-                       [f"{norms[name, *size][place].median():.2f}" for name, place in columns])
+                       [f"{norms[(name, *size)][place].median():.2f}" for name, place in columns])
         found = [growth(norms, sweep, axis, *column) for column in columns]
-        yield line(f"   {'mH'[axis]}^", "0.50", [f"{slope:.2f} ±{error:.2f}" for slope, error in found])
+        yield line("   exponent", "0.50", [f"{slope:.2f} ±{error:.2f}" for slope, error in found])
         yield ""
     yield line("largest/√(mH)", "1", [f"{ratio(norms, *column):.2f}" for column in columns])
 
@@ -166,12 +167,13 @@ def table(norms, sweeps, args):
 def summary(norms, sweeps, name):
     """What --json has of a network: its growth at initialization, a line of words, every norm."""
     found = {"name": name, "max_ratio": ratio(norms, name)}
-    said = f"‖∇ₓf‖₂ ≤ {found['max_ratio']:.2f}·√(mH); it grows"
+    said = f"never above {found['max_ratio']:.2f}·√(mH). Growth at initialization:"
     for axis, letter in enumerate("mH"):
         value, error = growth(norms, sweeps[axis], axis, name, 0)
         key, low, high = f"exponent_{letter.lower()}", value - error, value + error
         found |= {key: value, f"{key}_ci": [low, high]}
-        said += f" {'slower than' if high < 0.5 else 'faster than' if low > 0.5 else 'as'} √{letter},"
+        said += (f" slower than √{letter}," if high < 0.5 else f" faster than √{letter}," if low > 0.5 else
+                 f" consistent with √{letter}," if low > 0 else f" undecided in {letter},")  # √ or none
     sizes = [{"m": size[0], "depth": size[1], "initial, trained": norm.tolist()}
              for (other, *size), norm in norms.items() if other == name]
     return {**found, "verdict": said[:-1], "norms": sizes}
@@ -186,7 +188,7 @@ def plot(path, norms, sweeps):
         panel.plot(sizes, [math.sqrt(m * depth) for m, depth in sweep], "k--", label="√(mH)")
         for i, name in enumerate(NETWORKS):
             for place, marker, said in (0, "o-", "at initialization"), (1, "s:", "trained"):
-                medians = [norms[name, *size][place].median() for size in sweep]
+                medians = [norms[(name, *size)][place].median() for size in sweep]
                 panel.plot(sizes, medians, marker, color=f"C{i}", label=f"{name}, {said}")
         panel.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes, ylabel="median ‖∇ₓf‖₂",
                   xlabel=f"{('width m', 'depth H')[axis]} ({'Hm'[axis]} = {sweep[0][1 - axis]})")
@@ -215,9 +217,13 @@ def parse(argv):
             raise UserError(f"{option} {sizes[0]}: an exponent needs at least two different values")
     if args.widths[0] < (least := max(args.inputs, args.depths[-1] * math.log(args.depths[-1]))):
         common.warn(f"the lemma assumes m ≥ max(d, H log H), here {least:.0f}")
+    for option, path in ("--json", args.json), ("--plot", args.plot):
+        folder = Path(path or ".").absolute().parent
+        if path and (Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)):
+            raise UserError(f"{option} {path}: must be a file in a folder that can be written to")
     if args.plot:
-        if not (args.plot.endswith((".png", ".pdf", ".svg")) and Path(args.plot).absolute().parent.is_dir()):
-            raise UserError(f"--plot {args.plot}: must be a .png, .pdf or .svg in a folder that is there")
+        if not args.plot.endswith((".png", ".pdf", ".svg")):
+            raise UserError(f"--plot {args.plot}: must be a .png, .pdf or .svg")
         import matplotlib  # noqa: F401  what is missing shows at once
     return args
 
@@ -230,13 +236,18 @@ def main(argv):
     sizes = [*dict.fromkeys(sweeps[0] + sweeps[1])]
     norms = {(name, *size): measure(name, *size, args, generator) for name in NETWORKS for size in sizes}
     regimes = [summary(norms, sweeps, name) for name in NETWORKS]
-    say(f"Median ‖∇ₓf‖₂ of {args.seeds} networks at {args.points} points, and the √(mH) of its bound\n")
+    say("Lemma 4.2: the input gradient of a ReLU network of width m and depth H is at most c·√(mH).\n"
+        f"Median ‖∇ₓf‖₂ of {args.seeds} networks at {args.points} points. lemma: its network, "
+        f"{args.inputs} inputs. d=m: m inputs. fan-in: another first layer.\n")
     for line in table(norms, sweeps, args):
         say(line)
-    say(f"\nThe lemma's ball is within that of training: R/√m + ε ≤ 1/(H⁶ (log m)³) = "
-        f"{max(1 / (depth ** 6 * math.log(m) ** 3) for m, depth in sizes):.0e} at most, for c = 1")
+    say("")
     for regime in regimes:
         say(f"{regime['name']:>8}: {regime['verdict']}")
+    ball, limits = args.radius + args.eps, [1 / (depth ** 6 * math.log(m) ** 3) for m, depth in sizes]
+    said = "within" if ball <= min(limits) else "beyond" if ball > max(limits) else "partly beyond"
+    say(f"Training went to R/√m + ε = {ball:g}: {said} the lemma's limit, O(1/(H⁶ (log m)³)), "
+        f"which is {min(limits):.0e} to {max(limits):.0e} for a constant of 1")
     if args.plot:
         plot(args.plot, norms, sweeps)
     if args.json:

@@ -19,6 +19,8 @@ running averages lag far behind the weights, and gradients in eval mode explode.
 Worker processes read the images, 270, 160 and 260 a CPU second in phases 1, 2 and 3 (AMD EPYC).
 """
 import os
+import re
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,13 +29,19 @@ import common  # before PyTorch: it says how threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
-from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.transforms import v2
 from common import (RANK, WORLD, Attack, UserError, cross_entropy_to, integer, number, perturb_start, project,
                     say)
+
+try:
+    from PIL import Image
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+    from torchvision.models.resnet import Bottleneck, ResNet
+    from torchvision.transforms import v2
+except (ImportError, RuntimeError) as error:  # "operator torchvision::nms does not exist"
+    say(f"error: no torchvision that matches torch {torch.__version__} ({error}); README.md says what to "
+        "install", sys.stderr)
+    sys.exit(2)
 
 
 @dataclass
@@ -98,15 +106,16 @@ def read(path, side, least):
     return v2.functional.resize(image, [max(side or min(image.size), least)])
 
 
-def batches(images, phase, order, args, device, training=False):
+def batches(images, phase, order, args, device, seed=()):
     """(x [B, 3, crop, crop] in [0, 1], y [B]) on the device of each row of image numbers in `order`.
 
-    In training a crop has 8-100 % of the area anywhere, at an aspect ratio of 3/4 to 4/3, and is mirrored
-    half the time. Else it is the middle, for which a smaller image is enlarged.
+    In training, with the seed (--seed, epoch), a crop has 8-100 % of the area anywhere, at an aspect ratio of
+    3/4 to 4/3, and is mirrored half the time. Else it is the middle, for which a smaller image is enlarged.
     """
     random = [v2.RandomResizedCrop(phase.crop), v2.RandomHorizontalFlip()]
-    images.transform = v2.Compose([*(random if training else [v2.CenterCrop(phase.crop)]), v2.PILToTensor()])
-    images.loader = partial(read, side=phase.short_side, least=0 if training else phase.crop)
+    images.transform = v2.Compose([*(random if seed else [v2.CenterCrop(phase.crop)]), v2.PILToTensor()])
+    images.loader = partial(read, side=phase.short_side, least=0 if seed else phase.crop)
+    images.seed = seed
     loader = DataLoader(images, batch_sampler=[row.tolist() for row in order],
                         num_workers=-(-args.workers // WORLD), pin_memory=device.type == "cuda")
     try:
@@ -115,10 +124,36 @@ def batches(images, phase, order, args, device, training=False):
             yield common.to_float(x.contiguous(memory_format=torch.channels_last)), y
     except UserError as error:  # a worker's comes at the end of its traceback
         raise UserError(str(error).splitlines()[-1].removeprefix("common.UserError: ")) from None
+    except (RuntimeError, OSError) as error:
+        known = isinstance(error, OSError) or re.search("shared memory|worker.*(killed|exited)", str(error))
+        if not (args.workers and known):
+            raise
+        raise UserError(f"processes that read images ended: {str(error).splitlines()[-1]}; give them more "
+                        "(shared) memory, or --workers 0, which needs none") from None
 
 
 class Folders(ImageFolder):
-    """Images in a folder for each class, but for hidden folders such as .ipynb_checkpoints."""
+    """Images in a folder for each class, but for hidden ones: .ipynb_checkpoints/, macOS's ._0.JPEG."""
+
+    def __init__(self, root):
+        self.seed, self.left_out = (), []
+        super().__init__(root, is_valid_file=self.is_image)
+        if n := len(self.left_out):
+            common.warn(f"{root}: {len(self)} of {len(self) + n} files are read; "
+                        f"{self.left_out[0]} has no name of an image")
+
+    def is_image(self, path):
+        name = os.path.basename(path).lower()
+        image = name.endswith((*IMG_EXTENSIONS, ".jfif"))
+        self.left_out += [path] * (not image and name[0] != ".")
+        return image and name[0] != "."
+
+    def __getitem__(self, i):
+        """(crop, label). The crop follows from seed, epoch and i, whatever process makes it."""
+        with torch.random.fork_rng([]):
+            number, = np.random.SeedSequence((*self.seed, i)).generate_state(1)
+            torch.default_generator.manual_seed(int(number))  # and no GPU's
+            return super().__getitem__(i)
 
     def find_classes(self, directory):
         classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
@@ -133,10 +168,12 @@ def load(args):
     root = Path(args.data_dir).expanduser()
     try:
         train, val = Folders(root / "train"), Folders(root / "val")
-    except (OSError, ValueError) as error:  # a folder is missing or empty
+    except (OSError, ValueError) as error:  # a folder is missing, empty, a file or another user's
         raise UserError(f"{error}; DIR must hold train/ and val/, each a folder per class") from None
     if odd := {*train.classes} ^ {*val.classes}:
-        raise UserError(f"{root}: only one of train/ and val/ has {', '.join(sorted(odd)[:5])}")
+        notes = root / "val" / "val_annotations.txt"  # Tiny-ImageNet's, whose val/ has one folder for all
+        sort = f"; sort val/ into a folder per class, as {notes} says" * notes.exists()
+        raise UserError(f"{root}: only one of train/ and val/ has {', '.join(sorted(odd)[:5])}{sort}")
     names = [path.removeprefix(str(root)) for path, _ in train.samples + val.samples]
     train.hash = common.hashed(os.fsencode("\n".join(names)))
     n, least = args.train_size or len(train), max(args.batch_sizes)
@@ -191,8 +228,9 @@ def evaluation_attack(steps, eps, restarts=1):
 
 def top5_accuracy(model, stream):
     """Share of the images whose label is among the five largest logits."""
-    right = [(common.logits_of(model, x).topk(min(5, len(model.fc.bias))).indices == y[:, None]).any(1)
-             for x, y in stream]
+    with common.attack_mode(model), common.exact_precision(model), torch.no_grad():
+        logits = ((model.forward(x), y) for x, y in stream)  # never compiled: the last batch may be smaller
+        right = [(z.topk(min(5, z.shape[1])).indices == y[:, None]).any(1) for z, y in logits]
     return torch.cat(right).double().mean().item()
 
 
@@ -209,7 +247,7 @@ def main(argv):
     add("--crops", type=integer(), default=[phase.crop for phase in PHASES], **each,
         help="each phase's crop, in pixels")
     add("--workers", type=integer(0), default=min(os.cpu_count(), 16),
-        help="processes that read images, those of torchrun together; 0: none but this; crops depend on it")
+        help="processes that read images, those of torchrun together; 0: none but this")
     add = parser.add_argument_group("network and optimization").add_argument
     add("--width", type=number(1 / 64), default=1.0, help="k: the bottlenecks' inner width, times 64")
     add("--epochs", type=integer(len(PHASES)), default=15, help="passes over the data; stretches the phases")
@@ -251,7 +289,7 @@ def main(argv):
             torch.compiler.reset()  # makes room: compiled code is for one shape, and few are kept
         steps = len(train) // phase.batch_size
         order = common.shared_order(len(train), "cpu")[:steps * phase.batch_size].view(steps, -1)
-        stream = batches(train, phase, order[:, RANK::WORLD], args, device, training=True)
+        stream = batches(train, phase, order[:, RANK::WORLD], args, device, (args.seed, epoch))
         model.train()  # for the attack, too: see above
         for step, (x, y) in enumerate(stream, 1):
             lr = args.lr * schedule((epoch - 1 + step / steps) / args.epochs, args.epochs)
@@ -265,7 +303,12 @@ def main(argv):
             optimizer.step()
             run.record(len(x), **parts, lipschitz=lipschitz.mean())
         metrics = common.evaluate(model, validation(phase, args.eval_size), monitor)
+        best = max((line["robust_accuracy"] for line in run.log), default=0)
         run.end_epoch(lr=lr, beta=args.beta, **metrics)
+        now, chance = metrics["robust_accuracy"], 1 / len(train.classes)
+        if now < best / 2 and best > 1.5 * chance:
+            common.warn(f"robust accuracy fell from {100 * best:.2f} to {100 * now:.2f} % in epoch {epoch}: "
+                        "catastrophic overfitting (Wong et al. 2020)? A smaller --alpha or --lr may help")
 
     def test():
         say(f"testing with {report.title()}")

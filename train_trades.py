@@ -88,7 +88,7 @@ def reference_log(args, data):
         return None
     checkpoint = common.read_checkpoint(Path(args.reference) / "last.pt")
     settings, log = {**checkpoint["args"]}, checkpoint["log"]
-    free = {"arch", "depth", "width", "beta", "reference", "seed", "precision", *common.MAY_CHANGE}
+    free = {"arch", "depth", "width", "init", "beta", "reference", "seed", "precision", *common.MAY_CHANGE}
     here = {**vars(args), "data": data.hash}
     differing = [f"--{name.replace('_', '-')} {settings.get(name)} there, {here.get(name)} here"
                  for name in {**settings, **here}

@@ -2,19 +2,17 @@
 
     python tests/benchmark.py --rival ../TRADES         # TRADES, WideResNet-34-10, as `auto` executes it
     python tests/benchmark.py --rival ../TRADES --depth 10 --width 1 --executions auto fp32 bf16 fp32-compiled
-    python tests/benchmark.py --rival ../AWP --method awp
     python tests/benchmark.py --rival ../A-temp-project --method at
     python tests/benchmark.py --method fast --width 2 --crop 224 --batch-size 224
 
-Rivals are checkouts from GitHub: yaodongyu/TRADES, csdongxian/AWP or, for TRADES and AT, the paper's own
-code, tabrisweapon/A-temp-project. Fast AT is timed alone.
+Rivals are checkouts from GitHub: yaodongyu/TRADES or, for TRADES and AT, the paper's own code,
+tabrisweapon/A-temp-project. AWP and Fast AT are timed alone.
 
 Ours is the training script's main, unchanged, with a `Recorder` in the place of the run folder: it makes
 batches of random images and trains on them as in a run, but evaluates and writes nothing. (Fast AT has
-one random batch on the device: reading is not timed.) A rival is its release's loss or training function in
-float32, on one batch that lies on the device, and on the release's WideResNet or our DenseNet. It has the
-settings that PyTorch begins with: on CUDA TF32 and no search for the fastest convolutions; --rival-autotune
-adds a rival with that search.
+one random batch on the device: reading is not timed.) A rival is its release's loss function in float32, on
+one batch that lies on the device, and on the release's WideResNet or our DenseNet. It has the settings that
+PyTorch begins with: on CUDA TF32 and no search for the fastest convolutions.
 
 Each participant is a process. A round is a turn of each, forwards and backwards alternately; a turn is
 --block steps between two waits for the device. s/step is the median of the rounds. "A / this" says how many
@@ -22,7 +20,6 @@ times as long A took as this row in the same round: median (lowest-highest). "of
 second, as a share of that of a large matrix product in the row's precision: the convolutions and matrix
 products of a forward pass, counted, times PASSES. GB: a process's peak CUDA memory.
 """
-import ast
 import importlib
 import multiprocessing
 import os
@@ -31,7 +28,6 @@ import re
 import signal
 import sys
 import time
-import types
 import warnings
 from functools import partial
 from pathlib import Path
@@ -39,7 +35,6 @@ from statistics import median
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -80,7 +75,7 @@ def name_of(device):
         return torch.cuda.get_device_name(device)
     cpus = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    return found[1] if found else platform.machine()
 
 
 # ---------------------------------------------------------------------------- in the process of a participant
@@ -146,81 +141,55 @@ def random_images():
 
 
 class RandomImages:
-    """Takes the place of Fast AT's folder of images: one batch again and again, on the device."""
+    """Takes the place of Fast AT's folder of images."""
 
     classes, hash = range(1000), ""
 
     def __len__(self):
         return 10 ** 6
 
-    def batches(self, phase, order, args, device, seed=()):
-        n, size = phase.batch_size, phase.crop
-        crops = torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, device=device)
-        y = torch.arange(n, device=device) % len(self.classes)
-        while True:
-            yield common.to_float(crops.permute(0, 3, 1, 2)), y
+
+def one_batch(images, phase, order, args, device, seed=()):
+    """Takes the place of Fast AT's batches: the same random one again and again, on the device."""
+    n, size = phase.batch_size, phase.crop
+    crops = torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, device=device)
+    y = torch.arange(n, device=device) % len(images.classes)
+    while True:
+        yield common.to_float(crops.permute(0, 3, 1, 2)), y
 
 
 def ours(turns, method, argv):
     """Take part with a training script's own main."""
     script = importlib.import_module("train_fast_imagenet" if method == "fast" else f"train_{method}")
     common.Run, common.synthetic = partial(Recorder, turns), random_images
-    script.load = lambda args: (RandomImages(), RandomImages())
+    if method == "fast":
+        script.load, script.batches = lambda args: (RandomImages(), RandomImages()), one_batch
     script.main(argv)
 
 
-def rival(turns, args, autotune):
+def rival(turns, args):
     """Take part with the training step of the release at args.rival."""
     device, path, n = turns.device, args.rival, args.batch_size
-    torch.backends.cudnn.benchmark = autotune
     if device.type == "cpu":  # the releases call .cuda() throughout
         torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
-    is_paper, path = (path / "attacks").is_dir(), path / "trades_AWP" if args.method == "awp" else path
     sys.path.insert(0, str(path))
-
-    def build():
-        if args.arch != "wrn":
-            return common.NETWORKS[args.arch](args.depth, args.width, 10).to(device)
+    if args.arch == "wrn":
         network_class = importlib.import_module("models.wideresnet").WideResNet
-        return network_class(depth=args.depth, num_classes=10, widen_factor=args.width).to(device)
-
-    model, x, y = build(), torch.rand(n, 3, SIZE, SIZE, device=device), torch.arange(n, device=device) % 10
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=2e-4)
-    if args.method == "awp":
-        train, adversary = awp_release(path, model, build(), args.steps, device)
+        model = network_class(depth=args.depth, num_classes=10, widen_factor=args.width).to(device)
     else:
-        module, function = ("pgd", "madry_loss") if args.method == "at" else ("trades", "trades_loss")
-        loss_of = getattr(importlib.import_module(f"attacks.{module}" if is_paper else module), function)
+        model = common.NETWORKS[args.arch](args.depth, args.width, 10).to(device)
+    x, y = torch.rand(n, 3, SIZE, SIZE, device=device), torch.arange(n, device=device) % 10
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=2e-4)
+    is_paper = (path / "attacks").is_dir()
+    module, function = ("pgd", "madry_loss") if args.method == "at" else ("trades", "trades_loss")
+    loss_of = getattr(importlib.import_module(f"attacks.{module}" if is_paper else module), function)
     turns.ready()
     while True:
-        if args.method == "awp":
-            train(model, [(x, y)], optimizer, 1, adversary)
-        else:
-            optimizer.zero_grad()
-            loss = loss_of(model=model, x_natural=x, y=y, optimizer=optimizer, perturb_steps=args.steps)
-            (loss[0] if is_paper else loss).backward()
-            optimizer.step()
+        optimizer.zero_grad()
+        loss = loss_of(model=model, x_natural=x, y=y, optimizer=optimizer, perturb_steps=args.steps)
+        (loss[0] if is_paper else loss).backward()
+        optimizer.step()
         turns.step()
-
-
-def awp_release(folder, model, proxy, attack_steps, device):
-    """AWP's `train` and adversary: functions alone, since its script loads CIFAR-10 when it is imported."""
-    source = ast.parse((folder / "train_trades_cifar.py").read_text())
-    source.body = [node for node in source.body if isinstance(node, ast.FunctionDef)]
-
-    class Quiet:  # its progress bar and meters
-        avg = val = elapsed_td = eta_td = 0
-
-        def __init__(self, *args, **kwargs):
-            pass
-        update = next = finish = __init__
-    args = types.SimpleNamespace(num_steps=attack_steps, norm="l_inf", awp_warmup=0, beta=6.0)
-    names = {"torch": torch, "F": F, "time": time, "Bar": Quiet, "AverageMeter": Quiet, "args": args,
-             "accuracy": lambda *args, **kwargs: (torch.zeros(1), torch.zeros(1)),
-             "epsilon": 8 / 255, "step_size": 2 / 255, "device": device}
-    exec(compile(source, "train_trades_cifar.py", "exec"), names)
-    adversary_class = importlib.import_module("utils_awp").TradesAWP
-    return names["train"], adversary_class(model, proxy, torch.optim.SGD(proxy.parameters(), lr=0.01), 0.005)
 
 
 def take_part(pipe, device, block, participant, arguments):
@@ -306,18 +275,14 @@ def parse(argv):
     add("--warmup", type=integer(2), default=3, help="rounds before, not timed")
     add("--rounds", type=integer(), default=7, help="rounds that count")
     add("--rival", type=Path, metavar="DIR", help="a checkout of a public release")
-    add("--rival-autotune", action="store_true", help="the rival with cudnn.benchmark, too (CUDA)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     device = common.pick_device(args.device)
     args.block = args.block or (10 if device.type == "cuda" else 1)
     args.width = args.width or (1 if args.method == "fast" else 10)
-    files = {"trades": ["trades.py", "attacks/trades.py"], "at": ["attacks/pgd.py"], "fast": [],
-             "awp": ["trades_AWP/train_trades_cifar.py"]}[args.method]
-    if args.rival and not any((args.rival / file).exists() for file in files):
+    files = {"trades": ["trades.py", "attacks/trades.py"], "at": ["attacks/pgd.py"]}
+    if args.rival and not any((args.rival / file).exists() for file in files.get(args.method, [])):
         raise UserError(f"--rival {args.rival} holds no training step for --method {args.method}")
-    if args.rival_autotune and not (args.rival and device.type == "cuda"):
-        raise UserError("--rival-autotune needs a --rival and CUDA")
     return args, device
 
 
@@ -348,13 +313,13 @@ def main(argv):
         sides.append(side)
     rates = {name: matrix_rate(device, name) for name in {side.facts["precision"] for side in sides}}
     print("matrix products, TFLOP/s:", ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items()))
-    rivals = ["rival", "tuned rival"][:1 + args.rival_autotune] if args.rival else []
-    sides += [Side(name, args, device, rival, args, name == "tuned rival") for name in rivals]
+    if args.rival:
+        sides.append(Side("rival", args, device, rival, args))
     for number in range(args.warmup + args.rounds):
         common.show(f"round {number + 1} of {args.warmup + args.rounds}; {args.warmup} to warm up")
         for side in reversed(sides) if number % 2 else sides:
             side.turn(number >= args.warmup)
-    others = [side for side in sides if side is sides[0] or side.name in rivals] if len(sides) > 1 else []
+    others = [sides[0], sides[-1]] if args.rival else sides[:1] if len(sides) > 1 else []
     heads = ["", "s/step", "images/s", "of best", "GB", *(f"{other.name} / this" for other in others)]
     cost = args.batch_size, PASSES[args.method](args.steps)
     common.show("")

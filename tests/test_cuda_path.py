@@ -6,6 +6,8 @@ which is replaced by tensors of the right shape, and generators. PyTorch must be
 needed.
 """
 import importlib
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import common
 import train_fast_imagenet as fast
-from common import Attack
+from common import Attack, UserError
 
 CUDA = torch.device("cuda:0")
 SMALL = ["--dataset", "synthetic", "--depth", "10", "--width", "1", "--batch-size", "32", "--steps", "1",
@@ -78,7 +80,7 @@ def trained(monkeypatch):
 
 class Recorder:
     """A run folder without files, for one epoch."""
-    log, trained = [], None
+    log, folder, trained = [], Path("unused"), None
 
     def __init__(self, args, data, /, model, **parts):
         self.trained[:] = model.parameters()
@@ -136,9 +138,9 @@ def test_fast_at_stays_on_the_device(trained, monkeypatch, beta):
         def __len__(self):
             return 8
 
-    def batches(images, phase, order, args, device, training=False):
+    def batches(images, phase, order, args, device, seed=()):
         batch = torch.rand(4, 3, phase.crop, phase.crop, device=CUDA), torch.zeros(4, device=CUDA).long()
-        return on_the_device(monkeypatch, iter([batch] * 2), steps=2) if training else iter([batch])
+        return on_the_device(monkeypatch, iter([batch] * 2), steps=2) if seed else iter([batch])
 
     watched(monkeypatch, trained)
     monkeypatch.setattr(fast, "batches", batches)
@@ -164,3 +166,42 @@ def test_planted_faults_are_caught(trained, monkeypatch, fault):
     monkeypatch.setattr(common, "project", lambda x_adv, *rest: spoil(project(x_adv, *rest)))
     with pytest.raises(Exception, match=message):
         importlib.import_module("train_at").main([*SMALL, "--precision", "fp32"])
+
+
+LACKS = {  # what a user's machine may lack: what is found there, what is said
+    "a new card": ("torch.cuda.get_device_capability", lambda _: (6, 1), "compute capability 7.0"),
+    "Triton": ("importlib.util.find_spec", lambda _: None, "Triton is missing"),
+    "a compiler": ("shutil.which", lambda _: None, "a C compiler is missing; install gcc"),
+    "headers": ("sysconfig.get_path", lambda *_: "/nowhere", "Python.h is missing"),
+    "bf16": ("torch.cuda.is_bf16_supported", lambda **_: False, "fp32 is used"),
+    "nothing": ("torch.version.hip", None, "")}
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_a_gpu_that_lacks_something_is_used_as_well_as_it_can_be(monkeypatch, capsys, tmp_path, lack):
+    (tmp_path / "Python.h").touch()
+    all_there = {"torch.cuda.get_device_capability": lambda _: (7, 5), "importlib.util.find_spec": str,
+                 "shutil.which": str, "sysconfig.get_path": lambda *_: tmp_path, "torch.version.hip": None,
+                 "torch.cuda.is_bf16_supported": lambda **_: True, "torch.compiler.reset": lambda: None,
+                 "torch.nn.Module.compile": lambda *_, **how: compiled.append(how)}
+    compiled, (name, found, said) = [], LACKS[lack]
+    for name, value in {**all_there, name: found}.items():
+        monkeypatch.setattr(name, value)
+    common.warn.cache_clear()
+    model, images = common.WideResNet(10, 1, 10), Namespace(device=CUDA)
+    common.set_execution(args := Namespace(precision="auto", compile="auto"), images, model)
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == (lack != "nothing")
+    assert args.precision == ("fp32" if lack == "bf16" else "bf16")
+    assert bool(compiled) == (lack in ("bf16", "nothing"))
+    if not compiled:
+        with pytest.raises(UserError, match=f"--compile on: .*{said}"):
+            common.set_execution(Namespace(precision="auto", compile="on"), images, model)
+
+
+def test_a_card_that_pytorch_has_no_kernels_for_is_refused_where_it_is_picked(monkeypatch):
+    def zeros(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution\nCompile with ...")
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(UserError, match=r"^--device cuda.*no kernel image is available for execution\)$"):
+        common.pick_device("cuda")
