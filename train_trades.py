@@ -117,17 +117,24 @@ def add_extra(path, data):
     data.x_train, data.y_train = torch.cat([data.x_train, x]), torch.cat([data.y_train, y])
 
 
-def weight_average(model, decay, warmup):
+class WeightAverage(AveragedModel):
     """An average of the weights over the steps (Gowal et al. 2020; Wang et al. 2023).
 
     The t-th update after `warmup` keeps min(decay, (1 + t)/(10 + t)) of it. Before that it follows the
     weights. BatchNorm's statistics are the network's own.
     """
-    def update(averaged, current, n):
-        t = int(average.n_averaged) + 1 - warmup  # counts earlier updates, on the CPU, where n is not
-        torch._foreach_lerp_(averaged, current, 1 - (min(decay, (1 + t) / (10 + t)) if t >= 0 else 0))
-    average = AveragedModel(model, multi_avg_fn=update)
-    return average
+
+    def __init__(self, model, decay, warmup):
+        super().__init__(model)
+        self.decay, self.warmup = decay, warmup
+
+    @torch.no_grad()
+    def update_parameters(self, model):  # PyTorch's sends n_averaged to the device, and waits for it
+        t = int(self.n_averaged) + 1 - self.warmup
+        keep = min(self.decay, (1 + t) / (10 + t)) if self.n_averaged and t >= 0 else 0
+        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], 1 - keep)
+        torch._foreach_copy_([*self.module.buffers()], [*model.buffers()])
+        self.n_averaged += 1
 
 
 def main(argv):
@@ -158,7 +165,7 @@ def main(argv):
     tested, parts = model, {"model": model}
     if args.ema:
         warmup = 0.025 * args.epochs * max(len(data) // args.batch_size, 1)
-        tested = weight_average(model, args.ema, warmup)
+        tested = WeightAverage(model, args.ema, warmup)
         parts = {"model": tested, "raw_model": model}
     run = common.Run(args, data, **parts, optimizer=optimizer)
     common.set_execution(args, data.x_train, *{model, tested})  # a resumed run keeps its precision

@@ -97,7 +97,7 @@ def test_the_documented_line_converts_the_published_pickle(tiny, tmp_path, monke
 
 def test_the_average_of_the_weights_by_hand():
     network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
-    average, expected = train_trades.weight_average(network, decay=0.6, warmup=2), None
+    average, expected = train_trades.WeightAverage(network, decay=0.6, warmup=2), None
     for step in range(20):
         with torch.no_grad():
             for parameter in network.parameters():
