@@ -87,7 +87,7 @@ def load_data(name, data_dir, device, train_size=None, seed=0, val_size=0):
     if x_train.shape[1:] != x_test.shape[1:]:
         raise UserError(f"{path}: training and test images differ in size")
     labels = {*y_train.tolist()}
-    if odd := labels ^ {*range(len(labels))} | {*y_test.tolist()} - labels:
+    if odd := (labels ^ {*range(len(labels))}) | ({*y_test.tolist()} - labels):
         raise UserError(f"{path}: labels must be 0..{len(labels) - 1}, each on some training image; "
                         f"that fails for {some_of(odd)}")
     n = len(x_train)
@@ -432,10 +432,7 @@ def build_model(args, data, device):
 
 
 def weight_sets(checkpoint, name="", depth=4):
-    """{name: {parameter: tensor}} of the networks in a checkpoint, such as "model" and "model_ema".
-
-    A bare state_dict has the name "". Dicts may lie in dicts.
-    """
+    """{name: {parameter: tensor}} of the networks in a checkpoint; a bare state_dict has the name ""."""
     items = checkpoint.items() if isinstance(checkpoint, dict) and depth else ()
     state = {str(key): value for key, value in items if isinstance(value, torch.Tensor)}
     found = {name: state} if any(key.endswith("weight") for key in state) else {}
@@ -451,10 +448,11 @@ def parameters_of(checkpoint, source, choice=None):
     lose the prefix of wrappers (`module.`, `_orig_mod.`, ...): what stands before the first "conv1".
     """
     sets = weight_sets(checkpoint)
-    if not sets or choice and choice not in sets:
-        found = sets or (checkpoint if isinstance(checkpoint, dict) else [type(checkpoint).__name__])
-        wanted = f"weights {choice}" if choice else "weights"
-        raise UserError(f"{source} holds no {wanted}, but {some_of(found) or 'nothing'}")
+    if not sets:
+        found = checkpoint if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
+        raise UserError(f"{source} holds no weights, but {some_of(found) or 'nothing'}")
+    if choice and choice not in sets:
+        raise UserError(f"{source} holds no weights {choice}, but {some_of(sets)}")
     usual = [name for name in ("state_dict", "model_state_dict", "net", "model") if name in sets]
     name = choice or [*usual, *sets][0]
     if len(sets) > 1 and not choice:
@@ -477,9 +475,9 @@ def load_weights(model, checkpoint, source, new_classifier=False):
     activation = settings.get("activation") if isinstance(settings, dict) else None
     if activation and getattr(model, "act", None) not in (None, ACTIVATIONS.get(activation)):
         raise UserError(f"{source} is of a network whose activation is {activation}: make this one with it")
-    state = {name: value for name, value in (others | found).items()
-             if not name.startswith("sub_block1.") and not name.endswith("n_averaged")}  # unused, of TRADES
     own = model.state_dict()
+    state = {name: value for name, value in (others | found).items() if name in own
+             or not name.startswith("sub_block1.") and not name.endswith("n_averaged")}  # unused, of TRADES
     weight, bias = (f"{getattr(model, 'classifier', '')}.{part}" for part in ("weight", "bias"))
     if new_classifier and {weight, bias} <= state.keys() & own.keys():
         before, now = state[bias].numel(), own[bias].numel()
@@ -521,10 +519,9 @@ def pick_device(name):
 def set_execution(args, images, *models):
     """Let models run as args.precision and args.compile say. args.precision "auto" becomes what is found.
 
-    That is bf16 on CUDA, and on a CPU whatever is faster for the first model on `images`, uint8 [N, 3, H, W].
-    These and the models are on one device already. args.compile "auto" compiles on CUDA, where that can work.
-    fp32 without compilation is the exact reference: no TF32. UserError: bf16 for a module that is no
-    `Network`, or what compiling lacks.
+    That is bf16 on CUDA, and on a CPU whatever is faster for the first model on `images`, uint8 [N, 3, H, W],
+    which lie on the models' device. args.compile "auto" compiles on CUDA, where that can work. fp32 without
+    compilation is the exact reference: no TF32. UserError: bf16 for no `Network`, or what compiling lacks.
     """
     device = images.device
     aware = [part for model in models for part in model.modules() if hasattr(part, "precision")]
@@ -556,12 +553,12 @@ def set_execution(args, images, *models):
 
 def missing_to_compile(device):
     """What torch.compile lacks on this device, and how to get it, in words; None if nothing."""
-    if device.type == "cuda":
-        if not torch.version.hip and torch.cuda.get_device_capability(device)[0] < 7:
-            return "it needs a GPU of compute capability 7.0 or more"
-        if not importlib.util.find_spec("triton"):
-            return f"Triton is missing; pip install triton{'-windows' * (os.name == 'nt')}"
-    if os.name == "nt":  # triton-windows brings a compiler of its own
+    cuda, windows = device.type == "cuda", os.name == "nt"
+    if cuda and not torch.version.hip and torch.cuda.get_device_capability(device)[0] < 7:
+        return "Triton needs a GPU of compute capability 7.0 or more"
+    if cuda and not importlib.util.find_spec("triton"):
+        return f"Triton is missing; pip install triton{'-windows' * windows}"
+    if windows:  # triton-windows brings the rest
         return None
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
         return "a C compiler is missing; install gcc"
@@ -571,24 +568,21 @@ def missing_to_compile(device):
 
 
 def bf16_is_faster(model, images):
-    """Is an attack step sooner in bf16 than in fp32? Best of three in turns, on up to 128 images.
-
-    On fewer where they take fp32 over 0.1 s: a slow machine does not wait long.
-    """
+    """Is an attack step sooner in bf16 than in fp32? Best of four, on images that take 0.1 s, at most 128."""
     def seconds(precision, n):
         with temporarily(model.modules(), "precision", precision):
             began = time.perf_counter()
             pgd(model, to_float(images[:n]), torch.sum, Attack(eps=0.0, steps=1))
             return time.perf_counter() - began
 
-    n = min(8, len(images))
+    n = 8
     seconds("fp32", n)  # the first pass of all also loads and allocates
-    while n < min(128, len(images)) and seconds("fp32", n) < 0.1:
-        n = min(2 * n, len(images))
-    best = torch.tensor([(seconds("fp32", n), seconds("bf16", n)) for _ in range(4)][1:]).amin(0)
+    while n < 128 and seconds("fp32", n) < 0.1:
+        n *= 2
+    best = torch.tensor([(seconds("fp32", n), seconds("bf16", n)) for _ in range(4)]).amin(0)
     average_over_processes([best])  # for all to decide alike
     fp32, bf16 = best.tolist()
-    say(f"an attack step on {n} images takes {fp32:.3g} s in fp32, {bf16:.3g} s in bf16")
+    say(f"an attack step takes {fp32:.3g} s in fp32, {bf16:.3g} s in bf16")
     return bf16 < fp32
 
 
@@ -862,7 +856,7 @@ def check_images(x, norm):
                         "ball is another one there; take --norm linf")
 
 
-def predictions(model, stream, attack, seed=0):
+def predictions(model, stream, attack):
     """(y, f(x), f(x̂)) [N] of every image of a stream, under `pgd` with this record.
 
     model: any module of images in [0, 1]. stream: (x [B, 3, H, W], y [B]) on its device, as of `in_order`.
@@ -878,7 +872,7 @@ def predictions(model, stream, attack, seed=0):
             natural = adversarial = logits_of(model, x, n).argmax(1)
             gradient = torch.zeros(len(x), device=x.device)
             for restart in range(attack.restarts):
-                with fixed_seed(((1000 * seed + restart) * 10 ** 6 + i) % 2 ** 63, x.device):
+                with fixed_seed(10 ** 6 * restart + i, x.device):
                     x_adv, norm = pgd(model, x, LOSSES[attack.loss](y), attack)
                 again, gradient = logits_of(model, x_adv, n).argmax(1), torch.maximum(gradient, norm)
                 adversarial = torch.where(adversarial == natural, again, adversarial)
@@ -899,12 +893,12 @@ def three_metrics(y, natural, adversarial):
     return {"n": n, **{name: count / n for name, count in zip(METRICS, counts)}}
 
 
-def evaluate(model, stream, attack, seed=0):
+def evaluate(model, stream, attack):
     """n, the three metrics and the attack, as a dict. Takes what `predictions` takes."""
-    return {**three_metrics(*predictions(model, stream, attack, seed)), "attack": asdict(attack)}
+    return {**three_metrics(*predictions(model, stream, attack)), "attack": asdict(attack)}
 
 
-def local_lipschitzness(model, stream, attack, seed=0, starts=3):
+def local_lipschitzness(model, stream, attack, starts=3):
     """Mean over images of the largest ‖f(x) - f(x̂)‖₁ / ‖x - x̂‖∞ found in the ℓ∞ ε-ball, f the logits.
 
     The paper's estimator (after Yang et al. 2020), in float32: PGD on the numerator from a few random starts.
@@ -917,7 +911,7 @@ def local_lipschitzness(model, stream, attack, seed=0, starts=3):
         with exact_precision(model), temporarily(smaller, "_compiled_call_impl", None):
             clean, best = logits_of(model, x), torch.zeros(len(x), device=x.device)
             for start in range(starts):
-                with fixed_seed(((1000 * seed + start) * 10 ** 6 + i) % 2 ** 63, x.device):
+                with fixed_seed(10 ** 6 * start + i, x.device):
                     x_adv, _ = pgd(model, x, lambda logits: (logits - clean).abs().sum(), attack)
                 rise, distance = (logits_of(model, x_adv) - clean).abs().sum(1), (x_adv - x).abs().flatten(1)
                 best = torch.maximum(best, (rise / distance.amax(1)).nan_to_num(nan=0, posinf=0))
@@ -973,7 +967,8 @@ def describe(metrics):
     """The metrics in words, fractions in percent; nothing for an epoch that was not monitored."""
     names = zip(("natural", "robust", "stability"), METRICS)
     words = [f"{name} {100 * metrics[key]:.2f} %" for name, key in names if metrics.get(key) is not None]
-    words += [f"local Lipschitzness {value:.2f}" for value in [metrics.get("local_lipschitzness")] if value]
+    if metrics.get("local_lipschitzness"):
+        words.append(f"local Lipschitzness {metrics['local_lipschitzness']:.2f}")
     return "  ".join(words)
 
 
@@ -1008,20 +1003,19 @@ class Run:
         found = [name for name in ("last.pt", "best.pt", "metrics.json") if (self.folder / name).exists()]
         if found and found[0] != "last.pt":
             raise UserError(f"{self.folder} holds {found[0]} without last.pt; choose another --out")
-        state = read_checkpoint(self.folder / "last.pt") if found else {"log": [], "args": self.settings}
-        before, self.log = state.get("args", {}), state.get("log", [])
-        if before != self.settings:
-            raise UserError(f"{self.folder} holds another run ({differences(before, self.settings)}); "
-                            "choose another --out")
         if found:
+            state = read_checkpoint(self.folder / "last.pt")
+            if differing := differences(state.get("args", {}), self.settings):
+                raise UserError(f"{self.folder} holds another run ({differing}); choose another --out")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            args.precision = state["precision"]  # what "auto" was found to be
+            self.log, args.precision = state["log"], state["precision"]  # what "auto" was found to be
         else:
+            self.log = []
             self._begin(files)
+        write_json(self.folder / "args.json", self.settings)  # first: it says whose the other files are
         for name, content in files.items():
             write_file(self.folder / name, content)
-        write_json(self.folder / "args.json", self.settings)
         self.done = self.log[-1]["epoch"] if self.log else 0  # the last epoch that was finished
         say(f"{self.folder}: {self.done} of {args.epochs} epochs done")
 
@@ -1038,11 +1032,11 @@ class Run:
 
     def _begin(self, files):
         """Before anything is written: refuse what is a stranger's, and parts that could not be read back."""
-        ours = self.folder / "args.json"
-        if RANK == 0 and (not ours.exists() or read_json(ours) != self.settings):
-            for path in (self.folder / name for name in (*files, ours.name, "log.jsonl")):
-                if path.exists() and path.read_bytes() != files.get(path.name):
-                    raise UserError(f"{path} is there and would be replaced; choose another --out")
+        stored = self.folder / "args.json"
+        ours = stored.exists() and read_json(stored) == self.settings  # it ended in its first epoch
+        for path in (self.folder / name for name in (*files, "args.json", "log.jsonl")):
+            if RANK == 0 and path.exists() and not ours:
+                raise UserError(f"{path} is there and would be replaced; choose another --out")
         for name, part in self.parts.items():
             torch.save(part.state_dict(), content := io.BytesIO())
             try:
@@ -1050,7 +1044,7 @@ class Run:
             except pickle.UnpicklingError:
                 raise UserError(f"part {name!r} could not be read back: its state_dict may hold tensors, "
                                 "numbers, text, lists and dicts of these") from None
-        if not self.args.out and not ours.exists():
+        if not self.args.out and not ours:
             others = self.folder.parent.glob(f"{self.args.name}-??????/args.json")
             for newest in sorted(others, key=os.path.getmtime)[-1:]:
                 differing = differences(read_json(newest), self.settings)
@@ -1140,7 +1134,7 @@ class Run:
 
 def differences(before, now):
     """What differs between two runs' settings, in words."""
-    return "; ".join(f"{name} was edited" if name.endswith(".py") and {name} <= before.keys() & now.keys()
+    return "; ".join(f"{name} was edited" if name.endswith(".py") and name in before and name in now
                      else f"{name} {before.get(name)} there, {now.get(name)} here"
                      for name in before | now if before.get(name) != now.get(name))
 
@@ -1160,10 +1154,7 @@ def code_text(content):
 
 
 def code_of(script):
-    """{name: content} of this file, of a script, and of all that it imports from its folder.
-
-    A file in a package, losses/mart.py, is named losses.mart.py; what makes it one, losses.__init__.py.
-    """
+    """{name: content} of this file, a script and its imports from its folder; losses.a.py for losses/a.py."""
     folder, waiting, found = script.resolve().parent, [Path(__file__).resolve(), script.resolve()], {}
     for path in waiting:  # which grows
         name = ".".join(path.relative_to(folder).parts) if path.is_relative_to(folder) else path.name
@@ -1365,8 +1356,7 @@ def experiment_parser(file, doc):
     add("--out", metavar="DIR", help="run folder; by default named after what matters, with a hash of it all")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="auto: bf16 on CUDA, on a "
-        "CPU what a short measurement finds faster; kept for the run")
+        help="auto: bf16 on CUDA, on a CPU what a short measurement finds faster; kept for the run")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on CUDA only")
     parser.set_defaults(method=Path(file).stem.removeprefix("train_"), script=str(Path(file).resolve()))
     return parser

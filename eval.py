@@ -95,10 +95,7 @@ def means_and_deviations(text):
 
 # ---------------------------------------------------------------------------------------------------- loading
 
-
-@functools.cache
-def load_data(name, data_dir, device):
-    return common.load_data(name, data_dir, device)  # once for all of a set's networks
+load_data = functools.cache(common.load_data)  # read once, for all networks of a command
 
 
 def load(path, args, device):
@@ -106,15 +103,19 @@ def load(path, args, device):
     file = Path(path, f"{args.checkpoint}.pt") if Path(path).is_dir() else Path(path)
     if file.name == "best.pt" and not file.exists() and file.with_name("last.pt").exists():
         file = file.with_name("last.pt")
-        say(f"{path} has no best.pt, since no epoch was monitored: last.pt is taken")
+        common.warn(f"{path} has no best.pt, since no epoch was monitored: {file} is evaluated")
     saved = common.read_checkpoint(file)
     settings = saved.get("args") if isinstance(saved, dict) else None
     settings = settings if isinstance(settings, dict) and "method" in settings else {}  # {}: no run of ours
     if settings.get("method") == "fast_imagenet":
         raise UserError(f"{file} is of Fast AT on ImageNet, which its own script tests")
-    if "arch" in settings and settings["arch"] not in common.NETWORKS:
-        raise UserError(f"{file}: its network {settings['arch']!r} is in no NETWORKS of common.py; README.md "
+    parameters, beside = common.parameters_of(saved, file, args.weights)
+    run = {"activation": "relu"} if "arch" in settings else published(parameters, args, file)
+    run |= settings
+    if run["arch"] not in common.NETWORKS:
+        raise UserError(f"{file}: its network {run['arch']!r} is in no NETWORKS of common.py; README.md "
                         "shows how to evaluate any module from Python")
+
     dataset = args.dataset or settings.get("dataset", "cifar10")
     data = load_data(dataset, args.data_dir, device)
     size, here = (saved.get("image_size") if settings else None), [*data.x_test.shape[1:]]
@@ -123,55 +124,47 @@ def load(path, args, device):
     if size and size != here:
         common.warn(f"{file} was trained on images of {size[1]}×{size[2]} pixels, not {here[1]}×{here[2]}")
 
-    own, others = common.parameters_of(saved, file, args.weights)
-    run = {**settings} if "arch" in settings else {**settings, **guess_network(own, file)}
-    how = {"activation": args.activation, **run, "init": None, "out": None}
-    model = common.build_model(argparse.Namespace(**how), data, device)
-    if not settings and any(".shortcut." in name for name in own):
-        if not args.shortcut:
-            raise UserError(f"{file} is a PreActResNet; its parameters do not tell what projections take: "
-                            "--shortcut normalized, as AWP's and robust_overfitting's, or raw, as Fast AT's")
-        run["shortcut"] = args.shortcut
-        for block in model.modules():
-            block.raw = args.shortcut == "raw"  # which _Block looks at
+    model = common.build_model(argparse.Namespace(**{**run, "init": None}), data, device)
+    for module in model.modules():
+        module.raw = run.get("shortcut") == "raw"  # of a _Block: what its projection takes
+    state = beside | parameters
     # One or three numbers that are no parameter may be a mean or a deviation of pixels: the user knows.
-    beside = {name: value.flatten().tolist() for name, value in (others | own).items()
-              if name not in model.state_dict() and value.is_floating_point() and value.numel() in (1, 3)}
-    if beside and not args.normalize:
-        raise UserError(f"{file} also holds {beside}: are pixels scaled by them? Say so by --normalize, or "
+    few = {name: value.flatten().tolist() for name, value in state.items()
+           if name not in model.state_dict() and value.is_floating_point() and value.numel() in (1, 3)}
+    if few and not args.normalize:
+        raise UserError(f"{file} also holds {few}: are pixels scaled by them? Say so by --normalize, or "
                         "--normalize none")
-    if not (args.normalize or settings):
-        say(f"{file}: takes pixels in [0, 1]; a network trained on (x - mean)/std needs --normalize; "
-            f"its activation is {args.activation} (--activation)")
-    state = {name: value for name, value in (others | own).items() if name not in beside}
-    common.load_weights(model, state, file)
+    common.load_weights(model, {name: value for name, value in state.items() if name not in few}, file)
 
-    run |= {"activation": how["activation"], "hash": hash_of(model)}
     if settings:
         run |= {"weights": file.stem, "epoch": saved.get("epoch"), "precision": saved.get("precision")}
-    if settings and file.with_name("args.json").exists() and not file.with_name("metrics.json").exists():
-        common.warn(f"{file} is of an unfinished run: there is no metrics.json yet")
-        run["unfinished"] = True
+        if file.with_name("args.json").exists() and not file.with_name("metrics.json").exists():
+            common.warn(f"{file} is of an unfinished run: there is no metrics.json yet")
+            run["unfinished"] = True
     return model, data, run
 
 
-def hash_of(model):
-    """What stands for the weights of a network: two files of one name are not one."""
-    return common.hashed(*(value.cpu().numpy() for value in model.state_dict().values()))
-
-
-def guess_network(state, file):
-    """{"arch", "depth", "width"} of a published network, by the names of its parameters, or UserError."""
-    channels = {name: len(value) for name, value in state.items() if value.dim() == 4}
+def published(parameters, args, file):
+    """The settings of a published network: what its parameters' names tell, and what the user says."""
+    channels = {name: len(value) for name, value in parameters.items() if value.dim() == 4}
     blocks = sum(name.endswith(".conv2.weight") and not name.startswith("sub_block1.") for name in channels)
-    if {"layer1.0.conv1.weight", "linear.weight"} <= state.keys() and "bn1.weight" not in state:
-        arch, depth, width = "preact", 2 * blocks + 2, channels["conv1.weight"] / 64
+    run = {"activation": args.activation}
+    if {"layer1.0.conv1.weight", "linear.weight"} <= parameters.keys() and "bn1.weight" not in parameters:
+        if not args.shortcut:
+            raise UserError(f"{file} is a PreActResNet; its parameters do not tell what projections take: "
+                            "--shortcut normalized, as AWP's and robust_overfitting's, or raw, as Fast AT's")
+        run |= {"arch": "preact", "depth": 2 * blocks + 2, "shortcut": args.shortcut}
+        width = channels["conv1.weight"] / 64
     elif "block1.layer.0.conv2.weight" in channels:
-        arch, depth, width = "wrn", 2 * blocks + 4, channels["block1.layer.0.conv2.weight"] / 16
+        run |= {"arch": "wrn", "depth": 2 * blocks + 4}
+        width = channels["block1.layer.0.conv2.weight"] / 16
     else:
         raise UserError(f"{file} holds no network with the parameter names of TRADES or AWP, but "
-                        f"{', '.join([*state][:3])}, ...; README.md says how to evaluate any module")
-    return {"arch": arch, "depth": depth, "width": int(width) if width == int(width) else width}
+                        f"{', '.join([*parameters][:3])}, ...; README.md says how to evaluate any module")
+    if not args.normalize:
+        say(f"{file}: takes pixels in [0, 1]; a network trained on (x - mean)/std needs --normalize; "
+            f"its activation is {args.activation} (--activation)")
+    return {**run, "width": int(width) if width == int(width) else width}
 
 
 def load_zoo(path, args, device):
@@ -179,18 +172,18 @@ def load_zoo(path, args, device):
     import pyautoattack
     sys.modules.setdefault("autoattack", pyautoattack)  # the name by which RobustBench imports it
     from robustbench.utils import load_model
-    dataset = args.dataset or "cifar10"
+    dataset, norm = args.dataset or "cifar10", args.norm or "linf"
     data = load_data(dataset, args.data_dir, device)
     try:
-        model = load_model(path.removeprefix(ZOO), dataset=dataset, threat_model=NORMS[args.norm or "linf"])
+        model = load_model(path.removeprefix(ZOO), dataset=dataset, threat_model=NORMS[norm])
     except Exception as error:  # unknown names, downloads and foreign checkpoints fail in many ways
-        raise UserError(f"{path}: RobustBench cannot load that for --dataset {dataset} and --norm "
-                        f"{args.norm or 'linf'}: {error!r}") from None
-    return model.to(device, memory_format=torch.channels_last), data, {"hash": hash_of(model)}
+        raise UserError(f"{path}: RobustBench cannot load that for --dataset {dataset} and --norm {norm}: "
+                        f"{error!r}") from None
+    run = {"norm": norm, "eps": {"linf": 8 / 255, "l2": 0.5}[norm]}
+    return model.to(device, memory_format=torch.channels_last), data, run
 
 
 # ------------------------------------------------------------------------------------------------- evaluating
-
 
 def attack_of(name, args, norm, eps):
     """The record of one of --attack."""
@@ -208,18 +201,18 @@ def evaluate(path, args, device):
 
     Its parts: "run" (settings of training, network, weights), "evaluation" (data, attack) and "results".
     """
-    zoo = path.startswith(ZOO)
-    model, data, run = (load_zoo if zoo else load)(path, args, device)
+    model, data, run = (load_zoo if path.startswith(ZOO) else load)(path, args, device)
+    weights = common.hashed(*(value.cpu().numpy() for value in model.state_dict().values()))
+    run |= {"hash": weights, "normalize": args.normalize}  # two files of one name are not one network
     if args.normalize:
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in args.normalize)
         model.register_forward_pre_hook(lambda _, inputs: ((inputs[0] - mean) / std,))
     x, y = data.test(args.eval_size)
-    how = argparse.Namespace(precision="fp32", compile="off") if zoo else args  # its "auto" is found out once
-    common.set_execution(how, x[:args.batch_size], model)
+    common.set_execution(args, x[:args.batch_size], model)  # "auto" is found out once, on the first network
 
     own = run.get("norm", "linf")  # a fork's may be l2
     norm = args.norm or own
-    radii = {"linf": 8 / 255 if zoo else 0.031, "l2": 0.5, own: run.get("eps", 8 / 255 if zoo else 0.031)}
+    radii = {"linf": 0.031, "l2": 0.5, own: run.get("eps", 0.031)}
     eps = radii[norm] if args.eps is None else args.eps
     few, lipschitzness = min(args.lipschitz_size, len(x)), {}
     if few and eps:
@@ -230,7 +223,7 @@ def evaluate(path, args, device):
     chance = data.y_test.bincount().max() / len(data.y_test)
     records, found = [attack_of(name, args, norm, eps) for name in args.attack], []
     for record in records + [records] * (len(records) > 1):
-        precision = how.precision
+        precision = args.precision
         if record is records:  # a point is stable if its prediction survives all of them
             adversarial = functools.reduce(lambda one, other: torch.where(one == natural, other, one), found)
         elif record.loss == "autoattack":
@@ -243,7 +236,7 @@ def evaluate(path, args, device):
         if len(found) == 1 and wilson(results["natural_accuracy"], len(y))[0] <= chance:
             common.warn(f"{path}: natural accuracy is no better than chance; was it trained on other pixels "
                         "(try --normalize), another data set, or another order of the classes?")
-        yield {"path": path, "run": {**run, "normalize": args.normalize},
+        yield {"path": path, "run": run,
                "evaluation": {"dataset": args.dataset or run.get("dataset", "cifar10"), "data": data.hash,
                               "attack": [*map(asdict, records)] if record is records else asdict(record),
                               "precision": precision, "n": results.pop("n"), "lipschitz_n": few},
@@ -279,7 +272,6 @@ def wilson(p, n, z=1.959964):
 
 
 # -------------------------------------------------------------------------------------------- rows and tables
-
 
 COLUMNS = {"natural %": METRICS[0], "robust %": METRICS[1], "stability %": METRICS[2],
            "local Lipschitz": "local_lipschitzness"}
@@ -355,12 +347,10 @@ def evaluated(row):
             f"{title(how['attack'])}")
 
 
-def cell(value=math.nan, low=math.nan, high=math.nan):
+def cell(value, low, high):
     """Such as "81.20 ±0.76", or "99.80 [99.69, 99.87]" where the sides of the interval differ by a tenth."""
     half = (high - low) / 2
-    if math.isnan(value):
-        return ""
-    if not half > 0:
+    if half == 0:
         return f"{value:.2f}"
     if abs(low + high - 2 * value) < 0.1 * half:
         return f"{value:.2f} ±{half:.2f}"
@@ -371,10 +361,11 @@ def table(rows):
     """Markdown: a line per averaged row, above it what was `evaluated`, below what else sets lines apart."""
     lines = [["model", "weights", *COLUMNS]]
     for row in rows:
+        shown = row["shown"]
         weights = row["run"].get("weights", "") + (", unfinished" if "unfinished" in row["run"] else "")
         on = "validation" if row["run"].get("val_size") else "test"
         lines.append([row["path"], weights.replace("best", f"best on {on} images"),
-                      *(cell(*row["shown"].get(name, ())) for name in COLUMNS.values())])
+                      *(cell(*shown[name]) if name in shown else "" for name in COLUMNS.values())])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
     lines = [" | ".join(text.ljust(width) if i < 2 else text.rjust(width)
@@ -394,31 +385,23 @@ def named(row):
 
 # ---------------------------------------------------------------------------------------------------- figures
 
-
 def plot(args, rows):
     """Draw every figure that the averaged rows, and the logs of the run folders, have something for."""
-    def order(row):
-        return isinstance(row["run"].get("beta"), str), row["run"].get("beta"), row["run"].get("width")
-
-    def numbered(rows):  # those with a place on a logarithmic axis
-        return [row for row in rows if row["run"].get("beta") not in (None, "auto", 0)]
+    def order(row):  # λ may be "auto", and a fork's run may have none
+        values = (row["run"].get(name) for name in ("beta", "width"))
+        return [value if isinstance(value, (int, float)) else math.inf for value in values]
 
     logs = [{"run": common.read_json(Path(path, "args.json")),
              "log": [json.loads(line) for line in Path(path, "log.jsonl").read_text().splitlines()]}
             for path in args.paths if Path(path, "log.jsonl").exists()]
     ours, free = [row for row in rows if "seed" in row["run"]], ("width", "beta", "reference")
     experiments = grouped(sorted(ours, key=order), experiment, *free)
-    def several(rows, axis):
-        return len({row["run"].get(axis) for row in rows}) > 1
-
     figures = {"metrics": map(bars, grouped(rows, evaluated)),
-               "against-width": (sweep(rows, "width", "beta") for rows in experiments
-                                 if several(rows, "width")),
-               "against-lambda": (sweep(rows, "beta", "width") for rows in map(numbered, experiments)
-                                  if several(rows, "beta")),
+               "against-width": (sweep(rows, "width", "beta") for rows in experiments),
+               "against-lambda": (sweep(rows, "beta", "width") for rows in experiments),
                "by-epoch": map(by_epoch, grouped(sorted(logs, key=order), experiment, *free))}
     for name, drawn in figures.items():
-        for i, figure in enumerate(drawn, 1):
+        for i, figure in enumerate(filter(None, drawn), 1):
             figure.savefig(path := Path(args.plot, f"{name}-{i}.png"), dpi=150)
             say(str(path))
 
@@ -459,8 +442,13 @@ def curves(lines, title, **axis):
 def sweep(rows, axis, per):
     """The metrics and local Lipschitzness against `axis`, "width" or "beta" (λ), a line per the other.
 
-    A dot is a seed. Below robust accuracy of four λ or more a bar spans the seeds' `best` λ.
+    A dot is a seed. Below robust accuracy of four λ or more a bar spans the seeds' `best` λ. None if there
+    are fewer than two places on the axis, which is logarithmic.
     """
+    rows = [row for row in rows if row["run"].get(axis) not in (None, "auto", 0)]
+    ticks = sorted({row["run"][axis] for row in rows})
+    if len(ticks) < 2:
+        return None
     words, lines = {"width": "width", "beta": "λ"}, []
     for header, name in COLUMNS.items():
         for i, line in enumerate(grouped(rows, lambda row: row["run"].get(per))):
@@ -475,7 +463,6 @@ def sweep(rows, axis, per):
                 tops = [best([dot[:2] for dot in dots if dot[2] == seed]) for seed in line[0]["seeds"]]
                 low = min(dot[1] for row in rows for dot in dots)
                 lines.append((header, label, [min(tops), max(tops)], [low - 1 - i] * 2, {"lw": 4}))
-    ticks = sorted({row["run"][axis] for row in rows})
     return curves(lines, evaluated(rows[0]), xlabel=words[axis], xscale="log", xticks=ticks,
                   xticklabels=[f"{tick:g}" for tick in ticks])
 
@@ -511,14 +498,14 @@ def main(argv):
     if args.json and Path(args.json).is_file() and args.json not in jsons:
         jsons.append(args.json)
     try:
-        rows = [row for path in jsons for row in common.read_json(path)]
-        grouped(average(rows), evaluated)
+        rows = {known_by(row): row for path in jsons for row in common.read_json(path)}
+        grouped(average(rows.values()), evaluated)
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"not all of {', '.join(jsons)} are results as eval.py --json writes them") from None
 
     def keep():
         if args.json:
-            text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+            text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows.values())
             common.write_file(Path(args.json).resolve(), f"[\n{text}\n]\n".encode())  # a link stays one
 
     keep()  # where that fails, it fails before the work
@@ -526,8 +513,7 @@ def main(argv):
         for path in others:
             try:
                 for row in evaluate(path, args, device):
-                    places = [i for i, one in enumerate(rows) if known_by(one) == known_by(row)]
-                    rows[slice(*([places[0], places[0] + 1] if places else [len(rows), None]))] = [row]
+                    rows[known_by(row)] = row
                     keep()
                     say(f"{path}: {evaluated(row)}: {common.describe(row['results'])}")
             except UserError as error:
@@ -538,10 +524,10 @@ def main(argv):
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{len(rows)} rows were finished") from None
     finally:
-        for group in grouped(average(rows), evaluated):
+        for group in grouped(average(rows.values()), evaluated):
             say(table(group))
     if args.plot:
-        plot(args, average(rows))
+        plot(args, average(rows.values()))
     if failed:
         raise UserError(f"left out: {', '.join(failed)}; the warnings say why")
 
