@@ -174,22 +174,6 @@ def check_steps(monkeypatch, tiny, tmp_path):
     return check
 
 
-@pytest.fixture
-def train_on_synthetic(monkeypatch, tmp_path):
-    """train_on_synthetic(main, *flags): a shorter --quick; run folder, log, last.pt's metrics, settings."""
-    def train(main, *flags):
-        few = common.synthetic(128, 80)
-        monkeypatch.setattr(common, "synthetic", lambda: few)
-        monkeypatch.chdir(tmp_path)
-        main(["--quick", "--epochs", "2", "--train-size", "128", "--batch-size", "32", "--steps", "1",
-              "--step-size", "0.031", "--eval-size", "10", "--test-size", "80", "--precision", "fp32",
-              *flags])
-        out, = (tmp_path / "runs").iterdir()
-        metrics, settings = (common.read_json(out / name) for name in ("metrics.json", "args.json"))
-        return out, log_of(out), metrics["last"], settings
-    return train
-
-
 def log_of(folder):
     """The entries of a run folder's log.jsonl."""
     path = folder / "log.jsonl"

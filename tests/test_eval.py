@@ -112,7 +112,6 @@ def assert_same_weights(one, other):
 
 # ------------------------------------------------------------------------------------ counting and the attack
 
-
 def test_every_image_is_counted_and_the_last_row_is_the_worst_of_each(folder, monkeypatch):
     """A table has what the network says of an image, untouched and attacked in three ways."""
     torch.manual_seed(0)
@@ -186,6 +185,7 @@ def test_lipschitzness_is_of_random_images(folder, monkeypatch):
     few, = run(folder, *QUICK, "--eval-size", 40, "--lipschitz-size", 30)
     assert met[0].equal(common.to_float(data.test(30)[0])) and not met[0].equal(data.x_test[:30] / 255)
     assert "local_lipschitzness" in few and "local_lipschitzness" not in run(folder, *QUICK)[0]
+    assert "local_lipschitzness" not in run(folder, "--eps", 0, "--eval-size", 10)[0]  # 0/0
 
 
 def test_it_is_the_evaluation_that_training_reports(folder):
@@ -209,7 +209,6 @@ def test_the_ball_is_that_of_training_unless_told_otherwise(folder, trained, fla
 
 
 # ---------------------------------------------------------------------------------------------------- loading
-
 
 def prefixed(prefix, state):
     return {f"{prefix}{key}": value for key, value in state.items()}
@@ -250,12 +249,13 @@ def test_published_layouts_give_the_right_network(folder, layout, arch, depth, w
     assert (facts["arch"], facts["depth"], facts["width"]) == (arch, depth, width)
 
 
-def test_a_run_of_averaged_weights_is_evaluated_by_its_average(folder):
-    average = torch.optim.swa_utils.AveragedModel(fresh())
-    raw = {key: torch.full_like(value, 0.1) for key, value in average.module.state_dict().items()}
-    settings = common.read_checkpoint(folder / "run" / "last.pt")["args"]
-    content = {"model": average.state_dict(), "raw_model": raw, "epoch": 1, "args": settings}
-    assert_same_weights(load(folder, content)[0], average.module)
+def test_a_run_of_averaged_weights_is_evaluated_by_its_average_or_as_told(folder):
+    settings, average = common.read_checkpoint(folder / "run" / "last.pt")["args"], fresh().state_dict()
+    raw = {name: 0 * value for name, value in average.items()}
+    content = {"model": LAYOUTS["averaged"](average)["model"], "raw_model": raw, "epoch": 1, "args": settings}
+    assert_same_weights(load(folder, content)[0], fresh())
+    taken, _ = load(folder, content, "--weights", "raw_model")
+    assert not any(value.any() for value in taken.state_dict().values())
 
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
@@ -277,15 +277,15 @@ def test_normalize_scales_pixels_inside_and_leaves_the_ball(folder, flags, mean,
         points.double().mean().item() for points in (correct, correct & stable, stable)]
 
 
-def test_statistics_beside_the_weights_are_asked_about(folder):
-    for layout in "rst", "endless":
-        save_gray(folder, 0, LAYOUTS[layout], mean=MEAN, std=STD.view(1, 3, 1, 1))
-        with pytest.raises(UserError, match="mean.*--normalize"):
-            run(folder, *QUICK, paths=["gray.pt"])
-        row, = run(folder, "--normalize", "0.4,0.5,0.6,0.2,0.3,0.4", *QUICK[4:], paths=["gray.pt"])
-        found = ((IMAGES[:, 0, 0] / 255 - MEAN) / STD).sum(1) > 0
-        assert row["natural_accuracy"] == (found == LABELS).double().mean().item()
-    save_gray(folder)
+@pytest.mark.parametrize("layout", ["rst", "awp"])
+@pytest.mark.parametrize("name, value", [
+    ("mean", MEAN), ("std", STD.view(1, 3, 1, 1)), ("test_loss_mean", torch.tensor(0.5)),
+    ("log.test_acc_std", torch.tensor(0.5)), ("grad_norm_mean", torch.tensor(0.5))])
+def test_numbers_beside_the_weights_are_asked_about(folder, layout, name, value):
+    content = LAYOUTS[layout]({**fresh().state_dict(), name: value})
+    with pytest.raises(UserError, match=f"{name}.*--normalize none"):
+        load(folder, content)
+    assert_same_weights(load(folder, content, "--normalize", "none")[0], fresh())
 
 
 def test_accuracy_of_chance_is_pointed_out(folder, capsys):
@@ -309,6 +309,8 @@ def test_the_network_is_the_one_that_the_settings_name(folder, monkeypatch):
     loaded, facts = load(folder, {"model": model.state_dict(), "args": named})
     assert_same_weights(loaded, model)
     assert named.items() <= facts.items()
+    with pytest.raises(UserError, match="its network 'mine' is in no NETWORKS"):  # not guessed to be ours
+        load(folder, {"model": fresh().state_dict(), "args": {"method": "own", "arch": "mine"}})
 
 
 def test_a_run_folder_means_the_checkpoint_asked_for_and_a_file_itself(folder):
@@ -328,11 +330,33 @@ def test_a_checkpoint_of_earlier_code_evaluates(folder):
     assert run(folder, *QUICK, paths=["published.pt"])[0]["attack"]["eps"] == 0.04
 
 
-def test_activation_is_that_of_the_checkpoint_or_as_told(folder):
+def test_activation_is_that_of_the_checkpoint_or_as_told(folder, capsys):
     for content, activation in (fresh().state_dict(), "silu"), (
             common.read_checkpoint(folder / "run" / "last.pt"), "relu"):
         loaded, facts = load(folder, content, "--activation", "silu")
         assert facts["activation"] == activation and loaded.act is common.ACTIVATIONS[activation]
+        assert ("needs --normalize" in capsys.readouterr().out) == (activation == "silu")  # a published one
+
+
+def fast_at_block(block, x):
+    """Fast AT's own pre-activation block: its projection takes the block's input."""
+    out = F.relu(block.bn1(x))
+    shortcut = block.shortcut(x[:, :, ::block.stride, ::block.stride]) if hasattr(block, "shortcut") else x
+    return block.conv2(F.relu(block.bn2(block.conv1(out)))) + shortcut
+
+
+def test_what_a_projection_takes_is_asked_and_both_are_right(folder):
+    model, x = fresh("preact", 10, 0.25), torch.rand(4, 3, 8, 8)
+    with pytest.raises(UserError, match="published.pt is a PreActResNet.*--shortcut normalized.*or raw"):
+        load(folder, model.state_dict())
+    found = {how: load(folder, model.state_dict(), "--shortcut", how)[0](x) for how in ("normalized", "raw")}
+    torch.testing.assert_close(found["normalized"], model(x))
+    out = model.conv1(x)
+    for layer in model.layer1, model.layer2, model.layer3, model.layer4:
+        for block in layer:
+            out = fast_at_block(block, out)
+    torch.testing.assert_close(found["raw"], model.linear(F.relu(model.bn(out)).mean((2, 3))))
+    assert (found["raw"] - found["normalized"]).abs().max() > 1e-3
 
 
 def test_data_other_than_those_of_training_are_pointed_out(folder, tmp_path, capsys):
@@ -345,12 +369,10 @@ def test_data_other_than_those_of_training_are_pointed_out(folder, tmp_path, cap
         assert ("was trained on another toy" in capsys.readouterr().err) == warned
 
 
-def test_a_published_network_is_said_to_take_plain_pixels(folder, capsys):
-    saved = common.read_checkpoint(folder / "run" / "last.pt")
-    for content, flags, said in (
-            (saved["model"], (), True), (saved["model"], ("--normalize", "none"), False), (saved, (), False)):
-        load(folder, content, *flags)
-        assert ("needs --normalize" in capsys.readouterr().out) == said
+def test_images_of_another_size_than_those_of_training_are_pointed_out(folder, write_npz, tmp_path, capsys):
+    write_npz("large", size=16)
+    evaluation.main([str(folder / "run"), *ARGS, "--dataset", "large", "--data-dir", str(tmp_path)])
+    assert "was trained on images of 8×8 pixels, not 16×16" in capsys.readouterr().err
 
 
 def test_unfinished_runs_and_other_code_are_kept_apart(folder, capsys):
@@ -496,6 +518,24 @@ def test_rows_are_appended_strays_left_out_all_kept_when_interrupted(folder, tmp
     assert out.read_text() == "[{}]"
 
 
+def test_a_row_takes_the_place_of_the_same_weights_alone(folder, tmp_path, capsys):
+    for name, middle in ("a", 0.5), ("b", 0.4):
+        (tmp_path / name).mkdir()
+        save_gray(tmp_path / name, middle)
+    arguments = [*ARGS, "--data-dir", str(folder), "--json", str(tmp_path / "rows.json")]
+    for name in "a", "b", "a":
+        evaluation.main([str(tmp_path / name / "gray.pt"), *arguments])
+    lines = (tmp_path / "rows.json").read_text().splitlines()
+    paths = [json.loads(line.rstrip(","))["path"] for line in lines[1:-1]]
+    assert paths == [str(tmp_path / name / "gray.pt") for name in ("a", "b")]
+
+
+def test_experiments_that_look_alike_say_what_sets_them_apart(capsys):
+    rows = [row(1), row(2), row(3, run={"common.py": "edited"})]
+    assert "are not averaged: common.py was edited" in evaluation.table(evaluation.average(rows))
+    assert "not averaged" not in evaluation.table(evaluation.average([row(1), row(2, run={"beta": 1.0})]))
+
+
 def test_the_precision_is_found_out_once(folder, monkeypatch):
     measured = []
     monkeypatch.setattr(common, "bf16_is_faster", lambda *_: measured.append(1) or True)
@@ -530,8 +570,14 @@ def test_figures_show_the_numbers(monkeypatch, axis, per, at):
     assert [*y] == pytest.approx([10, 20, 30] * 2)
 
 
-# --------------------------------------------------------------------------------------------------- mistakes
+def test_the_best_lambda_is_the_top_of_the_parabola():
+    points = [(x, 30 - 2 * math.log(x / 5) ** 2) for x in (2, 4, 8, 16)]
+    assert evaluation.best(points) == pytest.approx(5)
+    assert evaluation.best([(x, 30 - 2 * math.log(x / 50) ** 2) for x in (2, 4, 8)]) == pytest.approx(8)
+    assert math.isnan(evaluation.best([(x, math.log(x / 5) ** 2) for x in (2, 4, 8)]))
 
+
+# --------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("flags, message", [
     ("missing.pt", "missing.pt: No such file"), ("run --dataset nothing", "no data set 'nothing'"),
@@ -540,7 +586,8 @@ def test_figures_show_the_numbers(monkeypatch, axis, per, at):
     ("run --attack deepfool", "invalid choice: 'deepfool'"), ("run --eps 3", "3/255?"),
     ("run --eps 1.01", "--norm l2"), ("run --step-size 2", "2/255?"),
     *((f"run --normalize {words}", "means_and_deviations value") for words in (
-        "cifar", "0.5,0", "0.4,0.5,0.6,0.2,0.3,nan", "1,1,1,1,1,0"))])
+        "cifar", "0.5,0", "0.4,0.5,0.6,0.2,0.3,nan", "1,1,1,1,1,0")),
+    ("run --normalize 125.3,123,113.9,63,62,66.7", "divide 125.3,123,113.9,63,62,66.7 by 255")])
 def test_mistakes_are_user_errors_of_one_line(folder, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(folder / "run")
@@ -550,93 +597,6 @@ def test_mistakes_are_user_errors_of_one_line(folder, tmp_path, monkeypatch, fla
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-# ---- issue 35: other functions under the same names, lost rows
-
-
-def fast_at_block(block, x):
-    """Fast AT's own pre-activation block: its projection takes the block's input."""
-    out = F.relu(block.bn1(x))
-    shortcut = block.shortcut(x[:, :, ::block.stride, ::block.stride]) if hasattr(block, "shortcut") else x
-    return block.conv2(F.relu(block.bn2(block.conv1(out)))) + shortcut
-
-
-def test_what_a_projection_takes_is_asked_and_both_are_right(folder):
-    model, x = fresh("preact", 10, 0.25), torch.rand(4, 3, 8, 8)
-    with pytest.raises(UserError, match="published.pt is a PreActResNet.*--shortcut normalized.*or raw"):
-        load(folder, model.state_dict())
-    found = {how: load(folder, model.state_dict(), "--shortcut", how)[0](x) for how in ("normalized", "raw")}
-    torch.testing.assert_close(found["normalized"], model(x))
-    out = model.conv1(x)
-    for layer in model.layer1, model.layer2, model.layer3, model.layer4:
-        for block in layer:
-            out = fast_at_block(block, out)
-    torch.testing.assert_close(found["raw"], model.linear(F.relu(model.bn(out)).mean((2, 3))))
-    assert (found["raw"] - found["normalized"]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", ["test_loss_mean", "log.test_acc_std", "grad_norm_mean"])
-def test_a_number_beside_the_weights_is_no_mean_of_pixels_unless_told(folder, name):
-    state = fresh().state_dict()
-    with pytest.raises(UserError, match=f"{name}.*--normalize none"):
-        load(folder, {"state_dict": {**state, name: torch.tensor(0.5)}})
-    model, _ = load(folder, {"state_dict": {**state, name: torch.tensor(0.5)}}, "--normalize", "none")
-    assert_same_weights(model, fresh())
-
-
-def test_one_of_several_networks_is_chosen(folder):
-    state = fresh().state_dict()
-    both = {"net": state, "ema": {name: 0 * value for name, value in state.items()}}
-    assert_same_weights(load(folder, both)[0], fresh())
-    assert not any(value.any() for value in load(folder, both, "--weights", "ema")[0].state_dict().values())
-
-
-def test_images_of_another_size_than_those_of_training_are_pointed_out(folder, write_npz, tmp_path, capsys):
-    write_npz("large", size=16)
-    evaluation.main([str(folder / "run"), *ARGS, "--dataset", "large", "--data-dir", str(tmp_path)])
-    assert "was trained on images of 8×8 pixels, not 16×16" in capsys.readouterr().err
-
-
-def test_a_forks_network_is_not_guessed_to_be_ours(folder):
-    with pytest.raises(UserError, match="its network 'mine' is in no NETWORKS"):
-        load(folder, {"model": fresh().state_dict(), "args": {"method": "mine", "arch": "mine"}})
-
-
-def test_a_row_takes_the_place_of_the_same_weights_alone(folder, tmp_path, capsys):
-    for name, middle in ("a", 0.5), ("b", 0.4):
-        (tmp_path / name).mkdir()
-        save_gray(tmp_path / name, middle)
-    arguments = [*ARGS, "--data-dir", str(folder), "--json", str(tmp_path / "rows.json")]
-    for name in "a", "b", "a":
-        evaluation.main([str(tmp_path / name / "gray.pt"), *arguments])
-    lines = (tmp_path / "rows.json").read_text().splitlines()
-    paths = [json.loads(line.rstrip(","))["path"] for line in lines[1:-1]]
-    assert paths == [str(tmp_path / name / "gray.pt") for name in ("a", "b")]
-
-
-def test_experiments_that_look_alike_say_what_sets_them_apart(capsys):
-    rows = [row(1), row(2), row(3, run={"common.py": "edited"})]
-    assert "are not averaged: common.py was edited" in evaluation.table(evaluation.average(rows))
-    assert "not averaged" not in evaluation.table(evaluation.average([row(1), row(2, run={"beta": 1.0})]))
-
-
-def test_the_best_lambda_is_the_top_of_the_parabola():
-    points = [(x, 30 - 2 * math.log(x / 5) ** 2) for x in (2, 4, 8, 16)]
-    assert evaluation.best(points) == pytest.approx(5)
-    assert evaluation.best([(x, 30 - 2 * math.log(x / 50) ** 2) for x in (2, 4, 8)]) == pytest.approx(8)
-    assert math.isnan(evaluation.best([(x, math.log(x / 5) ** 2) for x in (2, 4, 8)]))
-
-
 def test_a_pattern_that_no_shell_expanded_is_expanded(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert evaluation.arguments(["r*", "gray.p?", "missing-*"]).paths == ["run", "gray.pt", "missing-*"]
-
-
-def test_means_of_levels_are_asked_to_be_divided():
-    with pytest.raises(UserError, match="divide 125.3,123,113.9,63,62,66.7 by 255"):
-        evaluation.arguments(["run", "--normalize", "125.3,123,113.9,63,62,66.7"])
-
-
-def test_a_ball_of_no_radius_has_no_lipschitzness(folder, tmp_path):
-    evaluation.main([str(folder / "run"), "--device", "cpu", "--data-dir", str(folder), "--eps", "0",
-                     "--eval-size", "10", "--json", str(tmp_path / "rows.json")])
-    assert "local_lipschitzness" not in common.read_json(tmp_path / "rows.json")[0]["results"]

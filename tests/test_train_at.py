@@ -1,9 +1,5 @@
-"""Generalized adversarial training: the loss and whole steps against formulas, a whole run.
-
-CIFAR-100, resuming: test_train_trades.py.
-"""
+"""Generalized adversarial training: loss and whole steps against formulas; runs: test_train_trades.py."""
 import pytest
-import torch
 
 import train_at
 
@@ -28,11 +24,3 @@ def test_loss_and_gradients_are_the_formula(problem, check_loss, beta):
 def test_attack_and_update_are_the_formulas(check_steps):
     check_steps(train_at.main, ["--steps", "3", "--beta", "2"], risks, clean_first=False,
                 attacked=lambda logits, logits_adv, y: cross_entropy(logits_adv, y).mean())
-
-
-def test_a_first_look(train_on_synthetic):
-    out, log, metrics, settings = train_on_synthetic(train_at.main, "--test-size", "8")
-    assert out.name[:-7] == "at-synthetic-wrn-10-1-beta1-seed1"
-    assert [entry["epoch"] for entry in log] == [1, 2] and metrics["n"] == 8
-    wanted = {"method": "at", "beta": 1.0, "eps": 0.031, "weight_decay": 2e-4}
-    assert {key: settings[key] for key in wanted} == wanted

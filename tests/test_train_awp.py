@@ -1,7 +1,4 @@
-"""AWP: the perturbed update against its formula, running statistics against the release's passes, whole runs.
-
-CIFAR-100 and DenseNet: test_train_trades.py.
-"""
+"""AWP: whole steps against formulas, statistics against the release's passes; runs: test_train_trades.py."""
 import copy
 
 import pytest
@@ -10,7 +7,6 @@ from conftest import log_of
 
 import common
 import train_awp
-import train_trades
 from test_train_trades import kl, risks
 
 
@@ -27,16 +23,6 @@ def move(model, loss, gamma=0.005):
             w += gamma * w.norm() * copied.grad / copied.grad.norm()
 
 
-def test_trades_loss_is_that_of_train_trades_exactly(problem):
-    model, _, x, x_adv, y = problem
-    found = []
-    for script, network in ((train_awp, model), (train_trades, copy.deepcopy(model))):
-        losses = script.trades_loss(network, x, x_adv, y, 6.0)
-        losses[0].backward()
-        found.append([*losses, *(p.grad for p in network.parameters())])
-    assert all(map(torch.equal, *found)) and len(found[0]) > 20
-
-
 def test_running_statistics_move_as_by_the_three_passes_of_the_release(problem):
     _, model, x, x_adv, y = problem
     wanted = copy.deepcopy(model).train()
@@ -48,20 +34,6 @@ def test_running_statistics_move_as_by_the_three_passes_of_the_release(problem):
             assert norm.momentum == 0.1
             torch.testing.assert_close((norm.running_mean, norm.running_var),
                                        (other.running_mean, other.running_var), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("arch, width", [("wrn", 1), ("densenet", 4)])
-def test_perturbing_leaves_model_statistics_and_gradients_alone(arch, width):
-    torch.manual_seed(0)
-    model = common.NETWORKS[arch](10, width, 10)
-    model.train()(torch.rand(32, 3, 16, 16))
-    x = torch.rand(8, 3, 16, 16)
-    before = copy.deepcopy(model.state_dict())
-    rng = torch.get_rng_state()
-    train_awp.weight_perturbation(model, weights_of(model), x, 1 - x, torch.arange(8), beta=6.0, gamma=0.005)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_weight_without_gradient_is_not_perturbed(problem):
@@ -92,12 +64,6 @@ def test_warmup_epochs_are_plain_trades(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train_awp, "weight_perturbation", lambda *args: called.append(1) or perturb(*args))
     trained([*tiny, "--warmup", "1"], tmp_path / "run")
     assert len(called) == 4  # the second of two epochs of four steps
-
-
-def test_quick_is_a_whole_run_in_a_folder_named_after_it(train_on_synthetic):
-    out, log, metrics, settings = train_on_synthetic(train_awp.main, "--epochs", "2", "--step-size", "8/255")
-    assert out.name[:-7] == "awp-synthetic-wrn-10-1-beta6-seed1" and settings["warmup"] == 1
-    assert len(log) == 2 and metrics["n"] == 80 and metrics["attack"]["eps"] == 8 / 255
 
 
 def test_defaults_are_the_recipe(monkeypatch):

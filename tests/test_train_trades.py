@@ -22,8 +22,8 @@ import train_awp
 import train_trades
 from common import UserError
 
-# --------------------------------------------------------------------------------------------------- formula
 
+# --------------------------------------------------------------------------------------------------- formula
 
 def kl(logits, logits_adv):
     """Σ p (log p - log q) for each image, written out."""
@@ -46,7 +46,6 @@ def test_attack_and_update_are_the_formulas(check_steps):
 
 
 # --------------------------------------------------------------------------- what its successors build on it
-
 
 X, Y = np.random.default_rng(1).integers(0, 256, (30, 8, 8, 3), np.uint8), np.arange(30) % 10
 
@@ -158,7 +157,6 @@ def test_label_smoothing_by_hand():
 
 # ----------------------------------------------------------------------------------------------- all scripts
 
-
 SCRIPTS = [train_trades, train_at, train_awp]
 
 
@@ -259,13 +257,24 @@ def test_odd_data_sets_work(tiny, tmp_path, write_npz, script, odd):
     script.main([*tiny, "--epochs", "1"])
     metrics = common.read_json(tmp_path / "run" / "metrics.json")["last"]
     assert metrics["n"] == odd.get("n_test", 8) and 0 <= metrics["robust_accuracy"] <= 1
+    assert log_of(tmp_path / "run")[0]["images_per_second"] > 0  # of an epoch of one step, too
     assert "classes" not in odd or metrics["robust_accuracy"] == metrics["perturbation_stability"] == 1
 
 
-def test_a_first_look(train_on_synthetic):
-    out, log, metrics, settings = train_on_synthetic(train_trades.main, "--test-size", "8")
-    assert out.name[:-7] == "trades-synthetic-wrn-10-1-beta6-seed1"
-    assert len(log) == 2 and metrics["n"] == 8 and settings["lr"] == 0.2
+@pytest.mark.parametrize("script, name, wanted", [
+    (train_trades, "trades-synthetic-wrn-10-1-beta6-seed1", {"lr": 0.2, "eps": 0.031}),
+    (train_at, "at-synthetic-wrn-10-1-beta1-seed1", {"beta": 1.0, "eps": 0.031, "weight_decay": 2e-4}),
+    (train_awp, "awp-synthetic-wrn-10-1-beta6-seed1", {"warmup": 1, "eps": 8 / 255})])
+def test_a_first_look(monkeypatch, tmp_path, script, name, wanted):
+    few = common.synthetic(128, 80)
+    monkeypatch.setattr(common, "synthetic", lambda: few)
+    monkeypatch.chdir(tmp_path)
+    script.main("--quick --epochs 2 --train-size 128 --batch-size 32 --steps 1 --step-size 0.035 "
+                "--eval-size 10 --test-size 8 --precision fp32".split())
+    out, = Path("runs").iterdir()
+    settings, metrics = (common.read_json(out / file) for file in ("args.json", "metrics.json"))
+    assert out.name[:-7] == name and wanted.items() <= settings.items() and len(log_of(out)) == 2
+    assert metrics["last"]["n"] == 8 and metrics["last"]["attack"]["eps"] == wanted["eps"]
 
 
 def test_lambda_zero_is_plain_training_on_clean_images(tiny, tmp_path, capsys, monkeypatch):
@@ -402,9 +411,20 @@ def test_a_shared_run_is_one_run_and_resumes(tiny, tmp_path):
     assert [line.get("processes") for line in log_of(alone)] == [2, None]
 
 
-def test_a_batch_is_shared_out_evenly(tiny, monkeypatch):
+def test_each_process_has_its_gpu_and_an_equal_share(monkeypatch):
+    done, given = [], ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     monkeypatch.setattr(common, "WORLD", 2)
-    for name in "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT":
-        monkeypatch.setenv(name, "0")
-    with pytest.raises(UserError, match="a batch must be a multiple of the 2 processes"):
-        train_trades.main([*tiny, "--batch-size", "33"])
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: done.append(backend))
+    for name in given:
+        monkeypatch.delenv(name, raising=False)
+    for name in given:
+        with pytest.raises(UserError, match=f"WORLD_SIZE is set, but not .*{name}.*torchrun"):
+            common.connect(None, torch.device("cpu"))
+        monkeypatch.setenv(name, "1")
+    for odd in SimpleNamespace(batch_size=33), SimpleNamespace(batch_sizes=[8, 6, 9]):
+        with pytest.raises(UserError, match="a batch must be a multiple of the 2 processes"):
+            common.connect(odd, torch.device("cpu"))
+    for device in "cuda", "cuda:0":
+        assert common.connect(None, torch.device(device)) == torch.device("cuda:1")
+    assert done == [torch.device("cuda:1"), "nccl"] * 2
