@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -94,7 +95,7 @@ def load_data(name, data_dir, device, train_size=None, seed=0, val_size=0):
     kept, order = train_size or n - val_size, np.arange(n)
     if not 1 <= kept <= n - val_size:
         raise UserError(f"--train-size {train_size} and --val-size {val_size}: "
-                        f"{path} has {n} training images")
+                        f"{path if path.exists() else name} has {n} training images")
     if train_size or val_size:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
     train, val = order[:kept], order[n - val_size:]
@@ -221,10 +222,11 @@ def batches(data, batch_size, flip=True, extra_fraction=0.5):
         orders = [shared_order(n, device) for _ in range(1 + steps * share // n)]
         return torch.cat(orders)[:steps * share].view(steps, share)
 
-    rows, padding = draw(n, batch_size - extra), math.ceil(data.x_train.shape[2] / 8)
+    rows, padding = draw(n, batch_size - extra), math.ceil(min(data.x_train.shape[2:]) / 8)
     if extra:
         rows = torch.cat([rows, n + draw(data.extra, extra)], 1)
-    for row in rows[:, RANK::WORLD]:  # this process's share
+    equal = rows.shape[1] // WORLD * WORLD
+    for row in rows[:, RANK:equal:WORLD]:  # this process's share
         top, left = torch.randint(0, 2 * padding + 1, (2, len(row)), device=device)
         flipped = torch.rand(len(row), device=device) < 0.5 * flip
         yield to_float(crop_flip(data.x_train[row], top, left, flipped, padding)), data.y_train[row]
@@ -238,7 +240,12 @@ def in_order(x, y, batch_size):
 
 # --------------------------------------------------------------------------------------------------- networks
 
-ACTIVATIONS = {"relu": torch.relu_, "silu": F.silu}  # --activation
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu}  # --activation
+
+
+def _after_norm(activation):
+    """In place where that is faster: nothing else reads what a BatchNorm returns."""
+    return torch.relu_ if activation == "relu" else ACTIVATIONS[activation]
 
 
 class _Block(nn.Module):
@@ -246,7 +253,7 @@ class _Block(nn.Module):
 
     def __init__(self, inputs, outputs, stride, activation, shortcut):
         super().__init__()
-        self.act = ACTIVATIONS[activation]
+        self.act = _after_norm(activation)
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
@@ -278,7 +285,7 @@ class _DenseLayer(nn.Module):
 
     def __init__(self, inputs, growth_rate, activation):
         super().__init__()
-        self.act = ACTIVATIONS[activation]
+        self.act = _after_norm(activation)
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, 4 * growth_rate, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(4 * growth_rate)
@@ -294,7 +301,7 @@ class _Transition(nn.Module):
 
     def __init__(self, inputs, outputs, activation):
         super().__init__()
-        self.act = ACTIVATIONS[activation]
+        self.act = _after_norm(activation)
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 1, bias=False)
 
@@ -346,9 +353,10 @@ class WideResNet(Network):
 
     def __init__(self, depth, width, classes, activation="relu"):
         super().__init__()
+        self.activation = activation
         a, b, c = (round(channels * width) for channels in (16, 32, 64))
         n, how = _layers_per_stage(depth), (activation, "convShortcut")
-        self.act = ACTIVATIONS[activation]
+        self.act = _after_norm(activation)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.block1 = _Stage(_blocks(n, 16, a, 1, *how))
         self.block2 = _Stage(_blocks(n, a, b, 2, *how))
@@ -368,9 +376,10 @@ class DenseNet(Network):
 
     def __init__(self, depth, width, classes, activation="relu"):
         super().__init__()
+        self.activation = activation
         if width != int(width):
             raise UserError(f"--width {width}: a DenseNet's growth rate is a whole number")
-        self.act, n, channels = ACTIVATIONS[activation], _layers_per_stage(depth), 2 * width
+        self.act, n, channels = _after_norm(activation), _layers_per_stage(depth), 2 * width
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         for i in (1, 2, 3):
             layers = (_DenseLayer(channels + j * width, width, activation) for j in range(n))
@@ -395,11 +404,12 @@ class PreActResNet(Network):
 
     def __init__(self, depth, width, classes, activation="relu"):
         super().__init__()
+        self.activation = activation
         if depth not in (10, 18):
             raise UserError(f"--depth {depth}: a PreActResNet has 18 layers, or 10")
         a, b, c, d = (round(channels * width) for channels in (64, 128, 256, 512))
         n, how = depth // 8, (activation, "shortcut")
-        self.act = ACTIVATIONS[activation]
+        self.act = _after_norm(activation)
         self.conv1 = nn.Conv2d(3, a, 3, padding=1, bias=False)
         self.layer1 = _blocks(n, a, a, 1, *how)
         self.layer2 = _blocks(n, a, b, 2, *how)
@@ -429,7 +439,11 @@ def build_model(args, data, device):
     if not all(parameter.numel() for parameter in model.parameters()):
         raise UserError(f"--width {args.width} leaves a layer without channels")
     if args.init and not (args.out and Path(args.out, "last.pt").exists()):  # a run that goes on has its own
-        load_weights(model, read_checkpoint(args.init), args.init, new_classifier=True)
+        saved = read_checkpoint(args.init)
+        load_weights(model, saved, args.init, new_classifier=True)
+        if not isinstance(saved.get("args"), dict):
+            say(f"{args.init} does not tell its activation ({args.activation} is taken), its pixels (in "
+                "[0, 1]), nor whether a PreActResNet's shortcuts take raw input, as Fast AT's do (not here)")
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -473,9 +487,10 @@ def load_weights(model, checkpoint, source, new_classifier=False):
     numbers of classes differ, the model keeps its own and says so.
     """
     found, others = parameters_of(checkpoint, source)
-    settings = checkpoint.get("args")  # a published one's may be a Namespace
-    activation = settings.get("activation") if isinstance(settings, dict) else None
-    if activation and getattr(model, "act", None) not in (None, ACTIVATIONS.get(activation)):
+    settings = checkpoint.get("args")  # a published one's may be a Namespace, or say "ReLU"
+    ours = isinstance(settings, dict) and "method" in settings
+    activation = settings.get("activation") if ours else None
+    if activation and getattr(model, "activation", activation) != activation:
         raise UserError(f"{source} is of a network whose activation is {activation}: make this one with it")
     own = model.state_dict()
     state = {name: value for name, value in (others | found).items() if name in own
@@ -626,7 +641,8 @@ def fixed_seed(seed, device):
 
 # All processes draw the same order of images and take every WORLD-th image of a batch. Augmentation and the
 # attacks of training have other random numbers in each. All test alike; the first alone prints and writes.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # one left over from elsewhere counts for nothing
 SHARED = torch.Generator()  # the same numbers in all processes
 
 
@@ -694,13 +710,13 @@ class Attack:
 
     One that is too short for its ball, or has steps longer than ε, says so in one line where it is made.
     """
-    loss: str = "cross-entropy"  # of LOSSES; or "kl", the attack of TRADES; or "autoattack" (eval.py)
+    loss: str = "cross-entropy"  # for `evaluate`, of LOSSES or "autoattack" (eval.py); `pgd` is given its own
     norm: str = "linf"           # or "l2"
     eps: float = 0.031
     step_size: float = 0.003
     steps: int = 20
     start: str = "uniform"       # in the ε-ball; or "gaussian", 0.001·N(0, 1); or "none"
-    restarts: int = 1            # a point is stable if its prediction survives all of them
+    restarts: int = 1            # of `evaluate`: a point is stable if its prediction survives all of them
 
     def __post_init__(self):
         if self.loss == "autoattack" or self.eps == 0:
@@ -844,7 +860,7 @@ def logits_of(model, x, first=0):
     fine = logits.isfinite().all(1)
     if not fine.all():
         raise UserError(f"the network's output for image {first + fine.int().argmin().item()} is not finite: "
-                        "this is no classification")
+                        "this is no classification (in training a smaller --lr may help)")
     return logits
 
 
@@ -927,20 +943,23 @@ def report_attack(eps, norm="linf", step_size=0.003):
     return Attack(norm=norm, eps=eps, step_size=min(step_size * max(1, eps / usual), eps))
 
 
-def monitor(model, data, args, epoch, norm="linf"):
+def monitor(model, data, args, epoch):
     """For the log: `evaluate` with steps of 0.007, on --val-size images or else --eval-size test images.
 
+    In the ball of args.eps and args.norm, which is ℓ∞ unless a script says otherwise.
     Nones where --eval-every skips an epoch, or where training has diverged, which `end_epoch` says.
     """
     if epoch % args.eval_every and epoch != args.epochs or not_finite(model.state_dict()):
         return dict.fromkeys(METRICS)
     x, y = (data.x_val, data.y_val) if args.val_size else data.test(args.eval_size)
-    return evaluate(model, in_order(x, y, args.batch_size), report_attack(args.eps, norm, 0.007))
+    attack = report_attack(args.eps, getattr(args, "norm", "linf"), 0.007)
+    return evaluate(model, in_order(x, y, args.batch_size), attack)
 
 
-def report(model, data, args, norm="linf"):
+def report(model, data, args):
     """For metrics.json: `evaluate` on --test-size images, Lipschitzness of 1,000 (ℓ2: in ℓ∞, ε = 0.031)."""
-    (x, y), attack = data.test(args.test_size), report_attack(args.eps, norm)
+    (x, y), norm = data.test(args.test_size), getattr(args, "norm", "linf")
+    attack = report_attack(args.eps, norm)
     ball = attack if norm == "linf" else report_attack(0.031)
     say(f"testing on {len(x):,} images with {attack.title()}")
     some = (x, y) if len(x) <= 1000 else data.test(1000)
@@ -1007,7 +1026,8 @@ class Run:
             raise UserError(f"{self.folder} holds {found[0]} without last.pt; choose another --out")
         if found:
             state = read_checkpoint(self.folder / "last.pt")
-            if differing := differences(state.get("args", {}), self.settings):
+            before = state.get("args", {}) if isinstance(state, dict) else {}
+            if differing := differences(before, self.settings):
                 raise UserError(f"{self.folder} holds another run ({differing}); choose another --out")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -1025,10 +1045,14 @@ class Run:
         """All that defines the run."""
         free = MAY_CHANGE | {*getattr(self.args, "may_change", ())}
         settings = {name: value for name, value in vars(self.args).items() if name not in free}
+        assert "data" not in settings, "--data is the hash's name"
         if settings.get("init"):  # its name may come to hold something else; a run in --out needs it no more
             file = Path(self.args.init).expanduser()
-            settings["init"] = (hashed(file.read_bytes()) if file.exists()
-                                else read_json(Path(self.args.out, "args.json")).get("init"))
+            if file.is_file():
+                settings["init"] = hashed(file.read_bytes())
+            else:
+                settings["init"] = read_json(Path(self.args.out, "args.json")).get("init")
+                warn(f"--init {file} is no file: the run goes on with what it began with")
         code = {name: hashed(code_text(content))[:6] for name, content in files.items()}
         return json.loads(json.dumps({**settings, "data": data, **code}))
 
@@ -1039,6 +1063,15 @@ class Run:
         for path in (self.folder / name for name in (*files, "args.json", "log.jsonl")):
             if RANK == 0 and path.exists() and not ours:
                 raise UserError(f"{path} is there and would be replaced; choose another --out")
+        self._check_parts()
+        if not self.args.out and not ours:
+            others = self.folder.parent.glob(f"{self.args.name}-??????/args.json")
+            for newest in sorted(others, key=os.path.getmtime)[-1:]:
+                differing = differences(read_json(newest), self.settings)
+                say(f"{newest.parent} holds another run ({differing}): this one goes to {self.folder}")
+
+    def _check_parts(self):
+        """UserError if a part's state is more than what a checkpoint gives back."""
         for name, part in self.parts.items():
             torch.save(part.state_dict(), content := io.BytesIO())
             try:
@@ -1046,11 +1079,6 @@ class Run:
             except pickle.UnpicklingError:
                 raise UserError(f"part {name!r} could not be read back: its state_dict may hold tensors, "
                                 "numbers, text, lists and dicts of these") from None
-        if not self.args.out and not ours:
-            others = self.folder.parent.glob(f"{self.args.name}-??????/args.json")
-            for newest in sorted(others, key=os.path.getmtime)[-1:]:
-                differing = differences(read_json(newest), self.settings)
-                say(f"{newest.parent} holds another run ({differing}): this one goes to {self.folder}")
 
     def epochs(self):
         """The epochs still to do, counted from 1."""
@@ -1093,6 +1121,8 @@ class Run:
         line = {"epoch": self.epoch, **means, **values, "images_per_second": float(f"{self.rate:.4g}"),
                 "seconds": round(seconds, 2), **({"processes": WORLD} if WORLD > 1 else {})}
         self.log.append(json.loads(json.dumps(line)))  # what is no JSON fails before anything is written
+        if len(self.log) == 1:  # some have a state only now
+            self._check_parts()
         content, self.done = io.BytesIO(), self.epoch
         torch.save({**{name: part.state_dict() for name, part in self.parts.items()}, "epoch": self.epoch,
                     "log": self.log, "args": self.settings, "image_size": self.size,
@@ -1128,7 +1158,8 @@ class Run:
                     self.parts["model"].load_state_dict(state["model"])
                     tested[state["epoch"]] = {"epoch": state["epoch"], **test()}
                 found[file.stem] = tested[state["epoch"]]
-            write_json(path, found)
+            if found:
+                write_json(path, found)
         for name, metrics in found.items():
             attack = f"{Attack(**metrics['attack']).title()}: " if "attack" in metrics else ""
             say(f"{self.folder / name}.pt, epoch {metrics['epoch']}, {attack}{describe(metrics)}")
@@ -1143,7 +1174,8 @@ def differences(before, now):
 
 def code_text(content):
     """Python code, bytes, as text without comments, docstrings and empty lines; the same in every Python."""
-    lines, before = io.TextIOWrapper(io.BytesIO(content), "utf-8").readlines(), tokenize.NEWLINE
+    encoding, before = tokenize.detect_encoding(io.BytesIO(content).readline)[0], tokenize.NEWLINE
+    lines = io.TextIOWrapper(io.BytesIO(content), encoding).readlines()
     for token in tokenize.tokenize(io.BytesIO(content).readline):
         (first, start), (last, end) = token.start, token.end
         begins = before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
@@ -1157,18 +1189,22 @@ def code_text(content):
 
 def code_of(script):
     """{name: content} of this file, a script and its imports from its folder; losses.a.py for losses/a.py."""
-    folder, waiting, found = script.resolve().parent, [Path(__file__).resolve(), script.resolve()], {}
+    waiting, found = [Path(__file__).resolve(), script.resolve()], {}
+    home, folder = (path.parent for path in waiting)
     for path in waiting:  # which grows
-        name = ".".join(path.relative_to(folder).parts) if path.is_relative_to(folder) else path.name
-        found[name] = content = path.read_bytes()
+        base = next((base for base in (folder, home) if path.is_relative_to(base)), path.parent)
+        content = found[".".join(path.relative_to(base).parts)] = path.read_bytes()
         for node in ast.walk(ast.parse(content)):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 module, names = getattr(node, "module", None), [alias.name for alias in node.names]
                 names = [module, *(f"{module}.{name}" for name in names)] if module else names
-                for module in (base.joinpath(*name.split(".")) for name in names
-                               for base in (folder, path.parent)):
-                    waiting += [file for file in (module.with_suffix(".py"), module / "__init__.py")
-                                if file.is_file() and file not in waiting]
+                above = path.parents[max(getattr(node, "level", 0), 1) - 1]  # of from ..losses import
+                for name, base in itertools.product(names, (folder, home, above)):
+                    parts = name.split(".")
+                    for depth in range(1, len(parts) + 1):  # a package's __init__.py runs, too
+                        part = base.joinpath(*parts[:depth])
+                        waiting += [file for file in (part.with_suffix(".py"), part / "__init__.py")
+                                    if file.is_file() and file not in waiting]
     return found
 
 
@@ -1207,6 +1243,8 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}); what it held before is kept") from None
 
 
@@ -1216,7 +1254,7 @@ def write_json(path, value):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
@@ -1245,17 +1283,19 @@ def read_checkpoint(path):
     """A checkpoint's dict, on the CPU, read without running any code in it, or UserError."""
     path = Path(path).expanduser()
     try:
+        with open(path, "rb") as file:
+            begin = file.read(40)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    try:
         with torch.serialization.safe_globals(BESIDE_WEIGHTS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # truncated, foreign or unsafe: they fail in many ways
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(f"{path} holds more than tensors: {foreign[1]}") from None
-        with open(path, "rb") as file:
-            raise UserError(f"{path} is no checkpoint of tensors, or is cut short; "
-                            f"it begins with {file.read(40)!r}") from None
+        raise UserError(f"{path} is no checkpoint of tensors, or is cut short; "
+                        f"it begins with {begin!r}") from None
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -1354,7 +1394,8 @@ def experiment_parser(file, doc):
     """What every training script takes. `file`: the script's, after which the method is named."""
     parser = Parser(doc)
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=integer(0), default=1, help="seeds weights, shuffling, augmentation and attacks")
+    add("--seed", type=integer(0), default=1, help="seeds weights, the images of --train-size, shuffling, "
+        "augmentation and attacks")
     add("--out", metavar="DIR", help="run folder; by default named after what matters, with a hash of it all")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
@@ -1389,7 +1430,8 @@ def training_parser(file, doc, quick=None, **defaults):
     add("--schedule", choices=SCHEDULES, default="exp-decay", help="learning rate over the run")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", type=integer(), default=1, metavar="N", help="epochs between monitor evaluations")
-    add("--eval-size", type=integer(), default=1000, metavar="N", help="test images in a monitor evaluation")
+    add("--eval-size", type=integer(), default=1000, metavar="N", help="test images in a monitor evaluation, "
+        "without --val-size")
     add("--test-size", type=integer(), metavar="N", help="random test images in metrics.json; by default all")
     add("--quick", action="store_true", help="a first look: synthetic data, WRN-10-1, few epochs; "
         "options beside it win")

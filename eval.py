@@ -62,8 +62,7 @@ def arguments(argv):
     add("--data-dir", default="data", metavar="DIR", help="where data sets are, or are downloaded to")
     add("--normalize", type=means_and_deviations, metavar="M", help="the network takes (pixels - mean)/std: "
         f"{', '.join(NORMALIZE)}, or three means and three deviations, with commas between")
-    add("--activation", choices=common.ACTIVATIONS, default="relu",
-        help="of a published network; a checkpoint of ours says it")
+    add("--activation", choices=common.ACTIVATIONS, help="of a published network; by default relu")
     add("--shortcut", choices=("normalized", "raw"), help="what a published PreActResNet's projections take: "
         "BatchNorm's output (AWP, robust_overfitting) or its input (Fast AT); no name tells")
     add("--eval-size", type=integer(), metavar="N", help="random test images; by default all")
@@ -79,7 +78,8 @@ def arguments(argv):
         if args.norm != "l2" and (value or 0) > 1:
             parser.error(f"{option} {value:g}: pixels are in [0, 1]; {value:g}/255? or --norm l2")
     args.attack = [*dict.fromkeys(args.attack)]
-    args.paths = [path for pattern in args.paths for path in sorted(glob.glob(pattern)) or [pattern]]
+    args.paths = [path for pattern in args.paths for path in  # where no shell has expanded it
+                  (not os.path.exists(pattern) and sorted(glob.glob(pattern))) or [pattern]]
     return args
 
 
@@ -103,15 +103,21 @@ def load(path, args, device):
     file = Path(path, f"{args.checkpoint}.pt") if Path(path).is_dir() else Path(path)
     if file.name == "best.pt" and not file.exists() and file.with_name("last.pt").exists():
         file = file.with_name("last.pt")
-        common.warn(f"{path} has no best.pt, since no epoch was monitored: {file} is evaluated")
+        common.warn(f"{path} has no best.pt: {file} is evaluated")
     saved = common.read_checkpoint(file)
     settings = saved.get("args") if isinstance(saved, dict) else None
-    settings = settings if isinstance(settings, dict) and "method" in settings else {}  # {}: no run of ours
+    settings = settings if isinstance(settings, dict) else {}
     if settings.get("method") == "fast_imagenet":
         raise UserError(f"{file} is of Fast AT on ImageNet, which its own script tests")
+    if not {"method", "dataset", "width"} <= settings.keys():
+        settings = {}  # no run of ours
+    if "arch" in settings and (args.activation or args.shortcut):
+        raise UserError(f"{file} says itself what network it is: leave out --activation and --shortcut")
     parameters, beside = common.parameters_of(saved, file, args.weights)
     run = {"activation": "relu"} if "arch" in settings else published(parameters, args, file)
     run |= settings
+    if args.weights:
+        run["network"] = args.weights
     if run["arch"] not in common.NETWORKS:
         raise UserError(f"{file}: its network {run['arch']!r} is in no NETWORKS of common.py; README.md "
                         "shows how to evaluate any module from Python")
@@ -148,7 +154,7 @@ def published(parameters, args, file):
     """The settings of a published network: what its parameters' names tell, and what the user says."""
     channels = {name: len(value) for name, value in parameters.items() if value.dim() == 4}
     blocks = sum(name.endswith(".conv2.weight") and not name.startswith("sub_block1.") for name in channels)
-    run = {"activation": args.activation}
+    run = {"activation": args.activation or "relu"}
     if {"layer1.0.conv1.weight", "linear.weight"} <= parameters.keys() and "bn1.weight" not in parameters:
         if not args.shortcut:
             raise UserError(f"{file} is a PreActResNet; its parameters do not tell what projections take: "
@@ -163,7 +169,7 @@ def published(parameters, args, file):
                         f"{', '.join([*parameters][:3])}, ...; README.md says how to evaluate any module")
     if not args.normalize:
         say(f"{file}: takes pixels in [0, 1]; a network trained on (x - mean)/std needs --normalize; "
-            f"its activation is {args.activation} (--activation)")
+            f"its activation is {run['activation']} (--activation)")
     return {**run, "width": int(width) if width == int(width) else width}
 
 
@@ -208,22 +214,24 @@ def evaluate(path, args, device):
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in args.normalize)
         model.register_forward_pre_hook(lambda _, inputs: ((inputs[0] - mean) / std,))
     x, y = data.test(args.eval_size)
-    common.set_execution(args, x[:args.batch_size], model)  # "auto" is found out once, on the first network
+    how = args if hasattr(model, "precision") else argparse.Namespace(precision="fp32", compile="off")
+    common.set_execution(how, x[:args.batch_size], model)  # args' "auto" is found out once
 
     own = run.get("norm", "linf")  # a fork's may be l2
     norm = args.norm or own
     radii = {"linf": 0.031, "l2": 0.5, own: run.get("eps", 0.031)}
     eps = radii[norm] if args.eps is None else args.eps
+    common.check_images(common.to_float(x[:1000]), norm)
     few, lipschitzness = min(args.lipschitz_size, len(x)), {}
-    if few and eps:
+    ball = common.report_attack(eps if norm == "linf" else radii["linf"])
+    if few and ball.eps:
         some = data.test(few) if few < len(x) else (x, y)
-        ball = common.report_attack(eps if norm == "linf" else radii["linf"])
         lipschitzness = {"local_lipschitzness": common.local_lipschitzness(
             model, common.in_order(*some, args.batch_size), ball)}
     chance = data.y_test.bincount().max() / len(data.y_test)
     records, found = [attack_of(name, args, norm, eps) for name in args.attack], []
     for record in records + [records] * (len(records) > 1):
-        precision = args.precision
+        precision = how.precision
         if record is records:  # a point is stable if its prediction survives all of them
             adversarial = functools.reduce(lambda one, other: torch.where(one == natural, other, one), found)
         elif record.loss == "autoattack":
@@ -248,7 +256,6 @@ def autoattack(model, x, attack, args):
     """f(x), f(x̂) [N] by the standard AutoAttack (Croce & Hein 2020) of the labels f(x)."""
     import pyautoattack
     images = common.to_float(x).contiguous()
-    common.check_images(images, attack.norm)
     logits = [common.logits_of(model, part, i * args.batch_size)
               for i, part in enumerate(images.split(args.batch_size))]
     natural = torch.cat(logits).argmax(1)
@@ -288,7 +295,8 @@ def experiment(row, *free):
     run, how = row["run"], row.get("evaluation")
     if "seed" not in run or "unfinished" in run:  # published, or cut short: comparable to no other
         return json.dumps([row["path"], run, how], sort_keys=True)
-    run = {name: value for name, value in run.items() if name not in ("seed", "epoch", "hash", *free)}
+    own = {"seed", "epoch", "hash", "reference_hash", *free}  # of each seed
+    run = {name: value for name, value in run.items() if name not in own}
     text = json.dumps([run, how], sort_keys=True)
     return re.sub(r"seed\d+(-[0-9a-f]{6})?", "seed", text)  # of --reference: each seed has its own
 
@@ -363,6 +371,7 @@ def table(rows):
     for row in rows:
         shown = row["shown"]
         weights = row["run"].get("weights", "") + (", unfinished" if "unfinished" in row["run"] else "")
+        weights += f", {row['run']['network']}" if "network" in row["run"] else ""
         on = "validation" if row["run"].get("val_size") else "test"
         lines.append([row["path"], weights.replace("best", f"best on {on} images"),
                       *(cell(*shown[name]) if name in shown else "" for name in COLUMNS.values())])
@@ -379,7 +388,7 @@ def table(rows):
 
 def named(row):
     """What a reader takes an experiment for: no more than the name of its folder says, but for the seed."""
-    names = ("method", "arch", "depth", "width", "beta", "weights") if "seed" in row["run"] else ()
+    names = ("method", "arch", "depth", "width", "beta", "weights", "network") if "seed" in row["run"] else ()
     return tuple(row["run"].get(name) for name in names) or row["path"]
 
 
@@ -487,6 +496,8 @@ def by_epoch(logs):
 
 def main(argv):
     args, failed = arguments(argv), []
+    if common.WORLD > 1:
+        raise UserError("eval.py is one process: start it without torchrun, or unset WORLD_SIZE")
     device = common.pick_device(args.device)
     if "autoattack" in args.attack:  # what is missing shows at once
         import pyautoattack  # noqa: F401
@@ -505,7 +516,10 @@ def main(argv):
 
     def keep():
         if args.json:
-            text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows.values())
+            written = common.read_json(args.json) if Path(args.json).is_file() else []
+            for row in written:  # another process's since
+                rows.setdefault(known_by(row), row)
+            text = ",\n".join(map(json.dumps, rows.values()))
             common.write_file(Path(args.json).resolve(), f"[\n{text}\n]\n".encode())  # a link stays one
 
     keep()  # where that fails, it fails before the work

@@ -230,6 +230,8 @@ def parse(argv):
 
 def main(argv):
     args, began = parse(argv), time.perf_counter()
+    if common.WORLD > 1:
+        raise UserError("theory_check.py is one process: start it without torchrun, or unset WORLD_SIZE")
     generator = torch.Generator(common.pick_device(args.device)).manual_seed(0)
     middle_m, middle_depth = (sizes[(len(sizes) - 1) // 2] for sizes in (args.widths, args.depths))
     sweeps = [(m, middle_depth) for m in args.widths], [(middle_m, depth) for depth in args.depths]

@@ -74,11 +74,13 @@ def main(argv):
     add("--gamma", type=number(), default=0.005, help="length of a perturbation over ‖w‖")
     add("--warmup", type=integer(0), default=10, help="epochs of plain TRADES before AWP")
     args, device = common.start(parser, argv)
+    if args.warmup >= args.epochs:
+        common.warn(f"--warmup {args.warmup} of {args.epochs} epochs: no epoch has AWP")
     data = common.load_data(args.dataset, args.data_dir, device, args.train_size, args.seed, args.val_size)
     model = common.build_model(args, data, device)
     optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov)
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    attack = Attack("kl", "linf", args.eps, args.step_size, args.steps, start="gaussian")
+    attack = Attack(eps=args.eps, step_size=args.step_size, steps=args.steps, start="gaussian")
     steps = {"step": lambda e, n: 0.1 ** sum(e >= max(share * n, 2) for share in (0.5, 0.75))}
     run = common.Run(args, data, model=model, optimizer=optimizer)
     common.set_execution(args, data.x_train, model)  # a resumed run keeps its precision

@@ -315,7 +315,8 @@ def main(argv):
         few = min(1000, args.test_size or 1000)
         return {**common.evaluate(model, validation(phases[-1], args.test_size), report),
                 "natural_top5_accuracy": top5_accuracy(model, validation(phases[-1], args.test_size)),
-                "local_lipschitzness": common.local_lipschitzness(model, validation(phases[-1], few), report),
+                "local_lipschitzness": common.local_lipschitzness(model, validation(phases[-1], few), report)
+                if report.eps else None,
                 "precision": args.precision}
 
     torch.compiler.reset()  # room again: attacks in float32 come

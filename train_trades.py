@@ -35,6 +35,7 @@ Generated images and today's other ingredients (Wang et al. 2023). Their project
 
 With extra images an epoch is a pass over as many, labelled and extra together, as the labelled set has.
 """
+import json
 import math
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def reference_log(args, data):
         return None
     checkpoint = common.read_checkpoint(Path(args.reference) / "last.pt")
     settings, log = {**checkpoint["args"]}, checkpoint["log"]
-    free = {"arch", "depth", "width", "init", "beta", "reference", "seed", "precision", *common.MAY_CHANGE}
+    free = {"arch", "depth", "width", "init", "beta", "seed", "precision", "reference", "reference_hash",
+            *common.MAY_CHANGE}
     here = {**vars(args), "data": data.hash}
     differing = [f"--{name.replace('_', '-')} {settings.get(name)} there, {here.get(name)} here"
                  for name in {**settings, **here}
@@ -99,6 +101,7 @@ def reference_log(args, data):
         raise UserError(f"--reference {args.reference} is unfinished: {len(log)} of {args.epochs} epochs")
     if not all(min(line[name] for name in ("beta", *RISKS)) > 0 for line in log):
         raise UserError(f"--reference {args.reference}: its λ and its risks must be above 0 in every epoch")
+    args.reference_hash = common.hashed(json.dumps(log))  # of the run, whatever its folder's name
     return log
 
 
@@ -161,7 +164,7 @@ def main(argv):
     model = common.build_model(args, data, device)
     optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov, not args.no_norm_decay)
     eps, steps = (args.eps, args.steps) if args.beta else (0.0, 0)  # λ = 0: x̂ is x, also for BatchNorm
-    attack = Attack("kl", "linf", eps, args.step_size, steps, start="gaussian")
+    attack = Attack(eps=eps, step_size=args.step_size, steps=steps, start="gaussian")
     tested, parts = model, {"model": model}
     if args.ema:
         warmup = 0.025 * args.epochs * max(len(data) // args.batch_size, 1)

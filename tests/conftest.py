@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -39,13 +38,6 @@ def started(function, *args):
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the first of all finds what to import
         process.start()
     return process
-
-
-def wait_for(path, process):
-    """Until the file is there."""
-    while not path.exists() and process.is_alive():
-        time.sleep(0.001)
-    assert path.exists(), f"the process ended with status {process.exitcode}"
 
 
 def train_until_killed(argv, steps):

@@ -1,7 +1,6 @@
 """Does this GPU compute what it should, and how fast? By hand, about ten minutes; a line for each check.
 
     python tests/gpu_check.py                     # on a GPU; prints a table to paste into a report
-    python tests/gpu_check.py --rival ../TRADES   # and beside a checkout of yaodongyu/TRADES
     python tests/gpu_check.py --dry               # all of it tiny, on a CPU: tries out this file alone
 
 A check's docstring says what must hold. The exit status is 0 if all have passed.
@@ -33,7 +32,7 @@ FEW = ("--quick --train-size 64 --epochs 8 --steps 1 --step-size 0.031 --eval-ev
 
 
 class Here(Namespace):
-    """`device`, `folder` of runs and logs, `dry` (all tiny), `until` (as time.time() tells it), `rival`."""
+    """`device`, `folder` of runs and logs, `dry` (all tiny), `until` (as time.time() tells it)."""
 
     def start(self, name, script, *argv):
         """A script of the repository as a process. What it prints goes to NAME.log."""
@@ -212,16 +211,8 @@ def speed(here, width=10):
     return found
 
 
-def beside(here):
-    """benchmark.py times our step and the release's in turns."""
-    small = "--depth 10 --width 1 --batch-size 2 --steps 1 --executions fp32".split() if here.dry else []
-    argv = ["--rival", here.rival.resolve(), "--block", 3, "--rounds", 3, "--warmup", 2, *small]
-    lines = here.end("beside", here.start("beside", "tests/benchmark.py", *argv))
-    return "; ".join(" ".join(line.split()) for line in lines[-3:])
-
-
 CHECKS = {"scripts": scripts, "gradients": gradients, "attacks": attacks, "resume": resume,
-          "restarts": restarts, "speed": speed, "thin": lambda here: speed(here, width=1), "beside": beside}
+          "restarts": restarts, "speed": speed, "thin": lambda here: speed(here, width=1)}
 
 
 def main(argv):
@@ -229,7 +220,6 @@ def main(argv):
     add = parser.add_argument
     add("--only", nargs="+", choices=CHECKS, metavar="CHECK", help=f"of {', '.join(CHECKS)} (None: all)")
     add("--minutes", type=common.number(above=True), default=10, help="no check begins later")
-    add("--rival", type=Path, metavar="DIR", help="a checkout of yaodongyu/TRADES, for the last check")
     add("--dry", action="store_true", help="everything tiny, in fp32, on a CPU")
     args = parser.parse_args(argv)
     here = Here(**vars(args), device=common.pick_device("cpu" if args.dry else "cuda"),
@@ -239,7 +229,7 @@ def main(argv):
         torch.nn.Module.compile = lambda model, **how: compile(model, **how, backend="eager")
     rows = [f"{benchmark.name_of(here.device)}, PyTorch {torch.__version__}", "",
             "| check | | seconds | found |", "|---|---|---:|---|"]
-    for name in args.only or [name for name in CHECKS if name != "beside" or args.rival]:
+    for name in args.only or CHECKS:
         began, passed, found = time.time(), "FAILED", "no time left"
         try:
             if began < here.until:

@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -67,10 +66,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def save_gray(folder, middle=0.5, layout=lambda state: {"model": state}, **buffers):
+def save_gray(folder, middle=0.5):
     settings = {"method": "own", "arch": "gray", "depth": 1, "width": 1, "dataset": "toy", "eps": 8 / 255}
-    state = {**Gray(middle=middle).state_dict(), **buffers}
-    torch.save({**layout(state), "epoch": 1, "args": settings}, folder / "gray.pt")
+    torch.save({"model": Gray(middle=middle).state_dict(), "epoch": 1, "args": settings}, folder / "gray.pt")
 
 
 def run(folder, *flags, paths=("run",)):
@@ -310,7 +308,7 @@ def test_the_network_is_the_one_that_the_settings_name(folder, monkeypatch):
     assert_same_weights(loaded, model)
     assert named.items() <= facts.items()
     with pytest.raises(UserError, match="its network 'mine' is in no NETWORKS"):  # not guessed to be ours
-        load(folder, {"model": fresh().state_dict(), "args": {"method": "own", "arch": "mine"}})
+        load(folder, {"model": fresh().state_dict(), "args": {**named, "arch": "mine"}})
 
 
 def test_a_run_folder_means_the_checkpoint_asked_for_and_a_file_itself(folder):
@@ -331,11 +329,14 @@ def test_a_checkpoint_of_earlier_code_evaluates(folder):
 
 
 def test_activation_is_that_of_the_checkpoint_or_as_told(folder, capsys):
-    for content, activation in (fresh().state_dict(), "silu"), (
-            common.read_checkpoint(folder / "run" / "last.pt"), "relu"):
-        loaded, facts = load(folder, content, "--activation", "silu")
-        assert facts["activation"] == activation and loaded.act is common.ACTIVATIONS[activation]
-        assert ("needs --normalize" in capsys.readouterr().out) == (activation == "silu")  # a published one
+    ours = common.read_checkpoint(folder / "run" / "last.pt")
+    for content, flags, activation in (
+            (fresh().state_dict(), ["--activation", "silu"], "silu"), (ours, [], "relu")):
+        loaded, facts = load(folder, content, *flags)
+        value = loaded.act(torch.tensor(-1.0)).item()  # relu(-1) = 0
+        assert facts["activation"] == activation and (value == 0) == (activation == "relu")
+        said = "needs --normalize; its activation is silu" in capsys.readouterr().out
+        assert said == (activation == "silu")  # of a published network alone
 
 
 def fast_at_block(block, x):
@@ -367,11 +368,9 @@ def test_data_other_than_those_of_training_are_pointed_out(folder, tmp_path, cap
                               (f"{trained}+abc", folder, False), ("other+abc", folder, True)):  # extra images
         load(folder, {**state, "args": {**state["args"], "data": of}}, "--data-dir", str(where))
         assert ("was trained on another toy" in capsys.readouterr().err) == warned
-
-
-def test_images_of_another_size_than_those_of_training_are_pointed_out(folder, write_npz, tmp_path, capsys):
-    write_npz("large", size=16)
-    evaluation.main([str(folder / "run"), *ARGS, "--dataset", "large", "--data-dir", str(tmp_path)])
+    np.savez(tmp_path / "large.npz", **{name: array.repeat(2, 1).repeat(2, 2) if array.ndim > 1 else array
+                                        for name, array in arrays.items()})
+    load(folder, state, "--dataset", "large", "--data-dir", str(tmp_path))
     assert "was trained on images of 8×8 pixels, not 16×16" in capsys.readouterr().err
 
 
@@ -474,16 +473,11 @@ def test_means_and_intervals(values, shown, tmp_path, capsys):
     assert line.split("|")[3].strip() == shown and "PGD-20, ε = 0.031, step 0.003" in caption
 
 
-class Harm:
-    def __reduce__(self):
-        return os.system, ("touch harmed",)
-
-
 def test_rows_are_appended_strays_left_out_all_kept_when_interrupted(folder, tmp_path, capsys, monkeypatch):
     out, model = tmp_path / "out.json", common.read_checkpoint(folder / "run" / "last.pt")["model"]
     out.write_text(json.dumps([row(1)]))
     strays = {"page.pt": b"<html>", "cut.pt": (folder / "run" / "best.pt").read_bytes()[:5000],
-              "unsafe.pt": {"model": Harm()}, "none.pt": {"state_dict": {}},
+              "none.pt": {"state_dict": {}},
               "more.pt": {**prefixed("model.", model), "head.weight": torch.ones(3)},
               "nan.pt": {**model, "fc.bias": torch.full((10,), torch.nan)},
               "huge.pt": {**model, "fc.weight": 1e38 * torch.ones(10, 64), "bn1.bias": 1e9 * torch.ones(64)}}
@@ -518,7 +512,7 @@ def test_rows_are_appended_strays_left_out_all_kept_when_interrupted(folder, tmp
     assert out.read_text() == "[{}]"
 
 
-def test_a_row_takes_the_place_of_the_same_weights_alone(folder, tmp_path, capsys):
+def test_a_row_takes_the_place_of_the_same_weights_alone(folder, tmp_path):
     for name, middle in ("a", 0.5), ("b", 0.4):
         (tmp_path / name).mkdir()
         save_gray(tmp_path / name, middle)
@@ -530,7 +524,7 @@ def test_a_row_takes_the_place_of_the_same_weights_alone(folder, tmp_path, capsy
     assert paths == [str(tmp_path / name / "gray.pt") for name in ("a", "b")]
 
 
-def test_experiments_that_look_alike_say_what_sets_them_apart(capsys):
+def test_experiments_that_look_alike_say_what_sets_them_apart():
     rows = [row(1), row(2), row(3, run={"common.py": "edited"})]
     assert "are not averaged: common.py was edited" in evaluation.table(evaluation.average(rows))
     assert "not averaged" not in evaluation.table(evaluation.average([row(1), row(2, run={"beta": 1.0})]))
@@ -581,10 +575,8 @@ def test_the_best_lambda_is_the_top_of_the_parabola():
 
 @pytest.mark.parametrize("flags, message", [
     ("missing.pt", "missing.pt: No such file"), ("run --dataset nothing", "no data set 'nothing'"),
-    ("", "required: PATH"), ("run --json .", "cannot be written"),
-    ("run --json file/x", "file/x cannot be written"),
-    ("run --attack deepfool", "invalid choice: 'deepfool'"), ("run --eps 3", "3/255?"),
-    ("run --eps 1.01", "--norm l2"), ("run --step-size 2", "2/255?"),
+    ("run --json .", "cannot be written"), ("run --json file/x", "file/x cannot be written"),
+    ("run --eps 3", "3/255?"), ("run --eps 1.01", "--norm l2"), ("run --step-size 2", "2/255?"),
     *((f"run --normalize {words}", "means_and_deviations value") for words in (
         "cifar", "0.5,0", "0.4,0.5,0.6,0.2,0.3,nan", "1,1,1,1,1,0")),
     ("run --normalize 125.3,123,113.9,63,62,66.7", "divide 125.3,123,113.9,63,62,66.7 by 255")])
@@ -600,3 +592,19 @@ def test_mistakes_are_user_errors_of_one_line(folder, tmp_path, monkeypatch, fla
 def test_a_pattern_that_no_shell_expanded_is_expanded(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert evaluation.arguments(["r*", "gray.p?", "missing-*"]).paths == ["run", "gray.pt", "missing-*"]
+
+
+def test_raw_and_averaged_weights_are_other_rows(folder, tmp_path):
+    state = fresh().state_dict()
+    saved = common.read_checkpoint(folder / "run" / "last.pt")
+    torch.save({**saved, "model": state, "raw_model": state}, tmp_path / "ema.pt")
+    rows = [evaluation.load(str(tmp_path / "ema.pt"), evaluation.arguments(
+        ["-", "--data-dir", str(folder), "--weights", name]), torch.device("cpu"))[2] for name in ("model", "raw_model")]
+    assert [row["network"] for row in rows] == ["model", "raw_model"]
+    assert count(row(1, run=rows[0]), row(2, run=rows[1])) == 2
+
+
+@pytest.mark.parametrize("option", [("--activation", "silu"), ("--shortcut", "raw")])
+def test_a_run_knows_its_network(folder, option):
+    with pytest.raises(UserError, match="says itself what network it is"):
+        evaluation.main([str(folder / "run"), *ARGS, "--data-dir", str(folder), *option])

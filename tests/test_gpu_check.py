@@ -24,15 +24,15 @@ def test_a_table_that_fails_if_one_check_fails_or_comes_too_late(monkeypatch, ca
     for owner, name in (torch.nn.Module, "compile"), (common, "Run"), (common, "synthetic"):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # replaced, and put back
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setitem(gpu_check.CHECKS, "beside", lambda here: 1 / 0)
+    monkeypatch.setitem(gpu_check.CHECKS, "restarts", lambda here: 1 / 0)
     monkeypatch.setitem(gpu_check.CHECKS, "thin", lambda here: setattr(here, "until", 0) or "fine")
     gpu_check.main(["--dry", "--only", "gradients", "attacks", "speed"])
     with pytest.raises(common.UserError, match="not all passed"):
-        gpu_check.main(["--dry", "--only", "beside", "thin", "attacks"])
+        gpu_check.main(["--dry", "--only", "restarts", "thin", "attacks"])
     rows = [line for line in capsys.readouterr().out.split("| found |")[1:] for line in line.splitlines()[2:]]
     assert [row.split(" | ")[:2] for row in rows if row.startswith("| ")][:3] == [
         ["| gradients", "passed"], ["| attacks", "passed"], ["| speed", "passed"]]
-    assert rows[-3:] == ["| beside | FAILED | 0 | ZeroDivisionError: division by zero |",
+    assert rows[-3:] == ["| restarts | FAILED | 0 | ZeroDivisionError: division by zero |",
                          "| thin | passed | 0 | fine |", "| attacks | FAILED | 0 | no time left |"]
 
 

@@ -9,7 +9,7 @@ import theory_check
 import torch
 import torch.nn.functional as F
 from common import UserError
-from theory_check import draw_network, exponent, input_gradient, search, step, train
+from theory_check import draw_network, exponent, input_gradient, search, train
 
 SMALL = ["--widths", "8", "16", "--depths", "1", "2", "--inputs", "12", "--points", "4", "--seeds", "3",
          "--eps", "0.5", "--radius", "0.5"]
@@ -49,15 +49,6 @@ def test_initialization_has_the_variances_of_its_regime(regime, first):
     assert {w.dtype for w in (*layers, a)} == {torch.float64}
     for w, variance in zip((*layers, a), (first, 2 / 400, 2 / 400, 1)):
         assert w.var().item() == pytest.approx(variance, rel=0.05 if w.dim() == 2 else 0.3)
-
-
-def test_a_step_is_half_a_radius_long_and_ends_in_the_ball():
-    slope = torch.tensor([[3.0, 4.0], [0.0, 0.0]]).double()
-    rows, matrix = step(torch.zeros(2, 2), slope, 0.1, -1), step(torch.zeros(2, 2), slope, 0.1, (0, 1))
-    assert torch.allclose(rows, 0.01 * slope) and torch.allclose(matrix, 0.01 * slope)
-    away = torch.tensor([[6.0, 8.0], [0.3, 0.4]]).double()
-    assert torch.allclose(step(away, slope, 1.0, -1), torch.tensor([[0.6, 0.8], [0.3, 0.4]]).double())
-    assert step(away, away, 1.0, (0, 1)).norm().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-9, 0.3])
@@ -107,6 +98,8 @@ def test_training_meets_adversarial_points_stays_in_its_ball_and_lowers_the_loss
     assert loss(trained, met[0]) < loss(layers, met[0])
     moved = [(w - w0).norm().item() for w, w0 in zip(trained, layers)]
     assert all(0.7 * radius < distance <= radius * (1 + 1e-6) for distance in moved)
+    once = train(layers, a, x, y, eps, radius, steps=1)  # half a radius
+    assert all((w - w0).norm().item() == pytest.approx(radius / 2, rel=1e-5) for w, w0 in zip(once, layers))
 
 
 def test_exponent_recovers_powers_and_its_interval_is_students():
@@ -147,17 +140,11 @@ def test_training_is_said_to_be_where_it_was(size, said, capsys):
     assert f": {said} the lemma's limit" in found and "which is 2e-03 to 1e-01" in found
 
 
-@pytest.fixture(scope="module")
-def regimes(tmp_path_factory):
-    """The regimes in the JSON of a small command."""
-    path = tmp_path_factory.mktemp("theory") / "report.json"
-    theory_check.main([*SMALL, "--json", str(path)])
-    return json.loads(path.read_text())["regimes"]
-
-
-def test_json_keeps_its_contract_and_the_same_command_its_numbers(regimes, tmp_path):
-    theory_check.main([*SMALL, "--json", str(tmp_path / "again.json")])
-    assert json.loads((tmp_path / "again.json").read_text())["regimes"] == regimes
+def test_json_keeps_its_contract_and_the_same_command_its_numbers(tmp_path):
+    for name in "report.json", "again.json":
+        theory_check.main([*SMALL, "--json", str(tmp_path / name)])
+    regimes, again = (json.loads(path.read_text())["regimes"] for path in tmp_path.iterdir())
+    assert regimes == again
     assert [regime["name"] for regime in regimes] == ["lemma", "d=m", "fan-in"]
     for regime in regimes:
         norms = {(row["m"], row["depth"]): torch.tensor(row["initial, trained"]) for row in regime["norms"]}
