@@ -1,14 +1,18 @@
-"""Time our CIFAR scripts, beside the TRADES release if asked, in turns; run by hand, one network per call.
+"""Time our training loops beside public releases, in turns; run by hand, one network per call.
 
     python tests/benchmark.py --rival ../TRADES         # TRADES, WideResNet-34-10, as `auto` executes it
     python tests/benchmark.py --rival ../TRADES --depth 10 --width 1 --executions auto fp32 bf16 fp32-compiled
-    python tests/benchmark.py --method awp
+    python tests/benchmark.py --rival ../A-temp-project --method at
+    python tests/benchmark.py --method fast --width 2 --crop 224 --batch-size 224
+
+Rivals are checkouts from GitHub: yaodongyu/TRADES or, for TRADES and AT, the paper's own code,
+tabrisweapon/A-temp-project. AWP and Fast AT are timed alone.
 
 Ours is the training script's main, unchanged, with a `Recorder` in the place of the run folder: it makes
-batches of random images and trains on them as in a run, but evaluates and writes nothing. The rival, a
-checkout of yaodongyu/TRADES, is its loss function in float32, on one batch that lies on the device, and on
-its own WideResNet or our DenseNet. It has the settings that PyTorch begins with: on CUDA TF32 and no search
-for the fastest convolutions.
+batches of random images and trains on them as in a run, but evaluates and writes nothing. (Fast AT has
+one random batch on the device: reading is not timed.) A rival is its release's loss function in float32, on
+one batch that lies on the device, and on the release's WideResNet or our DenseNet. It has the settings that
+PyTorch begins with: on CUDA TF32 and no search for the fastest convolutions.
 
 Each participant is a process. A round is a turn of each, forwards and backwards alternately; a turn is
 --block steps between two waits for the device. s/step is the median of the rounds. "A / this" says how many
@@ -40,7 +44,8 @@ from common import UserError  # noqa: E402
 # What a step costs with K attack steps, in forward passes; a backward pass counts 1 to the input, else 2.
 PASSES = {"trades": lambda k: 1 + 2 * k + 6,    # clean probabilities, attack, an update with x and x̂
           "at": lambda k: 2 * k + 6,
-          "awp": lambda k: 1 + 2 * k + 6 + 6}   # the weights' perturbation costs as much as an update
+          "awp": lambda k: 1 + 2 * k + 6 + 6,   # the weights' perturbation costs as much as an update
+          "fast": lambda k: 2 + 3}              # FGSM, an update with x̂ alone
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 SIZE = 32  # pixels: CIFAR's
 
@@ -108,7 +113,8 @@ class Recorder:
     """Takes the place of common.Run: epochs without end, of which each step counts."""
 
     def __init__(self, turns, args, data, /, model, **parts):
-        self.turns, self.args, self.model, self.size = turns, args, model, data.x_train.shape[2]
+        self.turns, self.args, self.model = turns, args, model
+        self.size = args.crops[0] if hasattr(args, "crops") else data.x_train.shape[2]
 
     def epochs(self):
         with FlopCounterMode(display=False) as counter, common.attack_mode(self.model), torch.no_grad():
@@ -134,16 +140,37 @@ def random_images():
     return [x, np.arange(len(x)) % 10] * 2
 
 
+class RandomImages:
+    """Takes the place of Fast AT's folder of images."""
+
+    classes, hash = range(1000), ""
+
+    def __len__(self):
+        return 10 ** 6
+
+
+def one_batch(images, phase, order, args, device, seed=()):
+    """Takes the place of Fast AT's batches: the same random one again and again, on the device."""
+    n, size = phase.batch_size, phase.crop
+    crops = torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, device=device)
+    y = torch.arange(n, device=device) % len(images.classes)
+    while True:
+        yield common.to_float(crops.permute(0, 3, 1, 2)), y
+
+
 def ours(turns, method, argv):
     """Take part with a training script's own main."""
+    script = importlib.import_module("train_fast_imagenet" if method == "fast" else f"train_{method}")
     common.Run, common.synthetic = partial(Recorder, turns), random_images
-    importlib.import_module(f"train_{method}").main(argv)
+    if method == "fast":
+        script.load, script.batches = lambda args: (RandomImages(), RandomImages()), one_batch
+    script.main(argv)
 
 
 def rival(turns, args):
-    """Take part with the training step of the TRADES release at args.rival."""
+    """Take part with the training step of the release at args.rival."""
     device, path, n = turns.device, args.rival, args.batch_size
-    if device.type == "cpu":  # the release calls .cuda() throughout
+    if device.type == "cpu":  # the releases call .cuda() throughout
         torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
     sys.path.insert(0, str(path))
     if args.arch == "wrn":
@@ -153,11 +180,14 @@ def rival(turns, args):
         model = common.NETWORKS[args.arch](args.depth, args.width, 10).to(device)
     x, y = torch.rand(n, 3, SIZE, SIZE, device=device), torch.arange(n, device=device) % 10
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=2e-4)
-    trades_loss = importlib.import_module("trades").trades_loss
+    is_paper = (path / "attacks").is_dir()
+    module, function = ("pgd", "madry_loss") if args.method == "at" else ("trades", "trades_loss")
+    loss_of = getattr(importlib.import_module(f"attacks.{module}" if is_paper else module), function)
     turns.ready()
     while True:
         optimizer.zero_grad()
-        trades_loss(model=model, x_natural=x, y=y, optimizer=optimizer, perturb_steps=args.steps).backward()
+        loss = loss_of(model=model, x_natural=x, y=y, optimizer=optimizer, perturb_steps=args.steps)
+        (loss[0] if is_paper else loss).backward()
         optimizer.step()
         turns.step()
 
@@ -233,22 +263,25 @@ def parse(argv):
     add, integer = parser.add_argument, common.integer
     hows = [a + b for a in ("auto", "fp32", "bf16") for b in ("", "-compiled", "-eager")]
     add("--method", choices=PASSES, default="trades", help="whose training script")
-    add("--arch", choices=common.NETWORKS, default="wrn", help="a rival has a WideResNet of its own")
-    add("--depth", type=integer(), default=34, help="layers, 6n + 4")
-    add("--width", type=integer(), default=10, help="widening factor or growth rate")
+    add("--arch", choices=common.NETWORKS, default="wrn", help="Fast AT: a WideResNet-50, whatever this says")
+    add("--depth", type=integer(), default=34, help="layers, 6n + 4; Fast AT: 50")
+    add("--width", type=integer(), help="widening factor or growth rate (None: 10), or Fast AT's k (None: 1)")
     add("--executions", nargs="+", choices=hows, metavar="E", default=["auto"],
         help="auto, fp32, bf16; followed by -compiled, -eager or, for the script's own choice, nothing")
     add("--batch-size", type=integer(), default=128, help="images a step")
-    add("--steps", type=integer(), default=10, help="attack steps")
+    add("--crop", type=integer(), default=128, help="Fast AT's images, in pixels")
+    add("--steps", type=integer(), default=10, help="attack steps; Fast AT: 1")
     add("--block", type=integer(), metavar="N", help="steps between two waits; None: 1 on a CPU, 10 on CUDA")
     add("--warmup", type=integer(2), default=3, help="rounds before, not timed")
     add("--rounds", type=integer(), default=7, help="rounds that count")
-    add("--rival", type=Path, metavar="DIR", help="a checkout of yaodongyu/TRADES")
+    add("--rival", type=Path, metavar="DIR", help="a checkout of a public release")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     device = common.pick_device(args.device)
     args.block = args.block or (10 if device.type == "cuda" else 1)
-    if args.rival and (args.method != "trades" or not (args.rival / "trades.py").exists()):
+    args.width = args.width or (1 if args.method == "fast" else 10)
+    files = {"trades": ["trades.py", "attacks/trades.py"], "at": ["attacks/pgd.py"]}
+    if args.rival and not any((args.rival / file).exists() for file in files.get(args.method, [])):
         raise UserError(f"--rival {args.rival} holds no training step for --method {args.method}")
     return args, device
 
@@ -256,16 +289,20 @@ def parse(argv):
 def script_arguments(args, device, execution):
     """The training script's argv, for which no file is read."""
     precision, _, how = execution.partition("-")
-    argv = ["--dataset", "synthetic", "--data-dir", os.devnull, "--out", os.devnull, "--arch", args.arch,
-            "--depth", args.depth, "--width", args.width, "--batch-size", args.batch_size,
-            "--steps", args.steps, "--eval-every", 10 ** 6, "--device", device, "--precision", precision,
+    argv = ["--width", args.width, "--device", device, "--precision", precision, "--out", os.devnull,
             "--compile", {"": "auto", "compiled": "on", "eager": "off"}[how]]
+    if args.method == "fast":
+        argv += [os.devnull, "--crops", *[args.crop] * 3, "--batch-sizes", *[args.batch_size] * 3]
+    else:
+        argv += ["--dataset", "synthetic", "--data-dir", os.devnull, "--arch", args.arch,
+                 "--depth", args.depth, "--batch-size", args.batch_size, "--steps", args.steps,
+                 "--eval-every", 10 ** 6]
     return [str(item) for item in argv]
 
 
 def main(argv):
     args, device = parse(argv)
-    network = f"{args.arch}-{args.depth}-{args.width}"
+    network = f"wrn-50-{args.width}" if args.method == "fast" else f"{args.arch}-{args.depth}-{args.width}"
     print(f"{name_of(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     beside = f" beside {args.rival.resolve().name}" if args.rival else ""
     print(f"{args.method}, {network}, batch {args.batch_size}{beside}")

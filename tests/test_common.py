@@ -850,7 +850,8 @@ class Disk:
                 file.write(content[:len(content) // 2])  # where the second half fails, the first is there
                 self.step()
                 file.write(content[len(content) // 2:])
-            yield SimpleNamespace(write=write, read=file.read, flush=self.counted(file.flush), fileno=file.fileno)
+            yield SimpleNamespace(write=write, flush=self.counted(file.flush), fileno=file.fileno,
+                                  read=file.read)
         self.step()  # closing
 
 
@@ -1012,6 +1013,45 @@ def test_another_run_in_a_default_folder_makes_room_and_says_why(tmp_path, monke
 def test_a_run_is_its_code_but_for_comments_and_docstrings():
     code = b'"""One.\n\nTwo."""\nimport os  # three\n\ndef f():\n    """Four."""\n    return "# five"\n'
     assert common.code_text(code) == 'import os\ndef f():\n    return "# five"'
+
+
+def test_a_run_is_all_that_its_imports_import(tmp_path):
+    files = {"train_mine.py": "from losses.a import b", "losses/__init__.py": "SCALE = 1",
+             "losses/a.py": "from . import c\nfrom .sub.m import n", "losses/c.py": "", "losses/d.py": "",
+             "losses/sub/__init__.py": "", "losses/sub/m.py": "from ..d import e\nfrom ... import top",
+             "top.py": ""}
+    (tmp_path / "losses" / "sub").mkdir(parents=True)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    found = common.code_of(tmp_path / "train_mine.py")
+    assert {*found} == {"common.py", *(name.replace("/", ".") for name in files)}
+
+
+def test_a_rank_left_in_the_environment_counts_for_nothing():
+    code = "import common; print(common.RANK, common.WORLD)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                           env={**os.environ, "RANK": "3", "WORLD_SIZE": ""})
+    assert found.stdout == "0 1\n", found.stderr
+
+
+def test_padding_is_an_eighth_of_the_shorter_side(monkeypatch):
+    image = torch.full((20, 3, 32, 4), 255, dtype=torch.uint8)
+    data = common.Data(image, torch.arange(20), None, None, 10, "")
+    (x, _), = common.batches(data, 20)
+    assert (x.flatten(1).mean(1) >= 0.75 * 31 / 32 - 1e-6).all()  # at most one row and one column are lost
+
+
+@pytest.mark.parametrize("images, extra, batch", [(11, 0, 64), (30, 7, 10)])
+def test_shares_of_a_batch_are_equal(monkeypatch, images, extra, batch):
+    monkeypatch.setattr(common, "WORLD", 2)
+    data = tiny_data(images + extra)
+    data.extra = extra
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(common, "RANK", rank)
+        common.seed_everything(1, 1)
+        shares.append([len(y) for _, y in common.batches(data, batch, extra_fraction=0.3)])
+    assert shares[0] == shares[1] and min(shares[0]) > 0
 
 
 def test_a_named_folder_with_another_run_is_left_alone(tiny, tmp_path, write_npz):

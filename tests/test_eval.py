@@ -337,6 +337,9 @@ def test_activation_is_that_of_the_checkpoint_or_as_told(folder, capsys):
         assert facts["activation"] == activation and (value == 0) == (activation == "relu")
         said = "needs --normalize; its activation is silu" in capsys.readouterr().out
         assert said == (activation == "silu")  # of a published network alone
+    for option in ("--activation", "silu"), ("--shortcut", "raw"):
+        with pytest.raises(UserError, match="says itself what network it is"):
+            load(folder, ours, *option)
 
 
 def fast_at_block(block, x):
@@ -594,17 +597,9 @@ def test_a_pattern_that_no_shell_expanded_is_expanded(folder, monkeypatch):
     assert evaluation.arguments(["r*", "gray.p?", "missing-*"]).paths == ["run", "gray.pt", "missing-*"]
 
 
-def test_raw_and_averaged_weights_are_other_rows(folder, tmp_path):
+def test_raw_and_averaged_weights_are_other_rows(folder):
     state = fresh().state_dict()
-    saved = common.read_checkpoint(folder / "run" / "last.pt")
-    torch.save({**saved, "model": state, "raw_model": state}, tmp_path / "ema.pt")
-    rows = [evaluation.load(str(tmp_path / "ema.pt"), evaluation.arguments(
-        ["-", "--data-dir", str(folder), "--weights", name]), torch.device("cpu"))[2] for name in ("model", "raw_model")]
+    content = {**common.read_checkpoint(folder / "run" / "last.pt"), "model": state, "raw_model": state}
+    rows = [load(folder, content, "--weights", name)[1] for name in ("model", "raw_model")]
     assert [row["network"] for row in rows] == ["model", "raw_model"]
     assert count(row(1, run=rows[0]), row(2, run=rows[1])) == 2
-
-
-@pytest.mark.parametrize("option", [("--activation", "silu"), ("--shortcut", "raw")])
-def test_a_run_knows_its_network(folder, option):
-    with pytest.raises(UserError, match="says itself what network it is"):
-        evaluation.main([str(folder / "run"), *ARGS, "--data-dir", str(folder), *option])

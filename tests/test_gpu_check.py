@@ -20,20 +20,14 @@ def here(tmp_path, monkeypatch):
     return gpu_check.Here(device=torch.device("cpu"), dry=True, until=time.time() + 600, folder=tmp_path)
 
 
-def test_a_table_that_fails_if_one_check_fails_or_comes_too_late(monkeypatch, capsys, tmp_path):
-    for owner, name in (torch.nn.Module, "compile"), (common, "Run"), (common, "synthetic"):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # replaced, and put back
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setitem(gpu_check.CHECKS, "restarts", lambda here: 1 / 0)
-    monkeypatch.setitem(gpu_check.CHECKS, "thin", lambda here: setattr(here, "until", 0) or "fine")
+def test_a_table_of_what_passed(monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Module, "compile", torch.nn.Module.compile)  # replaced, and put back
+    monkeypatch.setattr(common, "Run", common.Run)
+    monkeypatch.setattr(common, "synthetic", common.synthetic)
     gpu_check.main(["--dry", "--only", "gradients", "attacks", "speed"])
-    with pytest.raises(common.UserError, match="not all passed"):
-        gpu_check.main(["--dry", "--only", "restarts", "thin", "attacks"])
-    rows = [line for line in capsys.readouterr().out.split("| found |")[1:] for line in line.splitlines()[2:]]
-    assert [row.split(" | ")[:2] for row in rows if row.startswith("| ")][:3] == [
+    table = capsys.readouterr().out.split("\n| check |")[1].splitlines()[2:]
+    assert [row.split(" | ")[:2] for row in table] == [
         ["| gradients", "passed"], ["| attacks", "passed"], ["| speed", "passed"]]
-    assert rows[-3:] == ["| restarts | FAILED | 0 | ZeroDivisionError: division by zero |",
-                         "| thin | passed | 0 | fine |", "| attacks | FAILED | 0 | no time left |"]
 
 
 def test_the_benchmark_trains_on_images_as_large_as_it_counts(monkeypatch):
@@ -51,6 +45,18 @@ def test_the_benchmark_trains_on_images_as_large_as_it_counts(monkeypatch):
     assert facts["flops"] == 2 * (sum(size ** 2 * weights for size, weights in maps.items()) + 64 * 10)
 
 
+def test_a_check_that_fails_or_comes_too_late_fails_all(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.nn.Module, "compile", torch.nn.Module.compile)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(gpu_check.CHECKS, "speed", lambda here: 1 / 0)
+    monkeypatch.setitem(gpu_check.CHECKS, "thin", lambda here: setattr(here, "until", 0) or "fine")
+    with pytest.raises(common.UserError, match="not all passed"):
+        gpu_check.main(["--dry", "--only", "speed", "thin", "attacks"])
+    printed = capsys.readouterr().out
+    assert "| speed | FAILED | 0 | ZeroDivisionError: division by zero |" in printed
+    assert "| thin | passed | 0 | fine |" in printed and "| attacks | FAILED | 0 | no time left |" in printed
+
+
 def test_gradients_see_a_compiled_graph_with_other_batchnorm_statistics(here, monkeypatch):
     def compile(model, **_):
         def call(x):
@@ -61,6 +67,15 @@ def test_gradients_see_a_compiled_graph_with_other_batchnorm_statistics(here, mo
         model._compiled_call_impl = call
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     with pytest.raises(AssertionError, match="wrn fp32 compiled"):
+        gpu_check.gradients(here)
+
+
+def test_gradients_see_weights_that_were_rounded_in_fp32(here, monkeypatch):
+    def rounded(args, images, model):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    monkeypatch.setattr(common, "set_execution", rounded)
+    with pytest.raises(AssertionError, match="wrn fp32 eager"):
         gpu_check.gradients(here)
 
 
@@ -78,3 +93,20 @@ def test_attacks_see_one_without_its_projection_and_one_that_stops_early(here, m
     monkeypatch.setattr(gpu_check, "pgd", early)
     with pytest.raises(AssertionError, match="a weaker attack"):
         gpu_check.attacks(here)
+
+
+FORGETFUL = f"""
+import sys
+sys.path.insert(0, {str(gpu_check.ROOT)!r})
+import common, torch, train_trades
+torch.optim.SGD.load_state_dict = lambda *_: None
+common.launch(train_trades.main)
+"""
+
+
+def test_resume_sees_one_that_forgets_the_optimizer(here, monkeypatch, tmp_path):
+    (tmp_path / "train_trades.py").write_text(FORGETFUL)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    match = r"killed after epoch \d of 8, weights differ.*two whole runs by 0"
+    with pytest.raises(AssertionError, match=match):
+        gpu_check.resume(here)

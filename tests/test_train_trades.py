@@ -137,6 +137,10 @@ def test_lambda_follows_the_reference_and_wants_a_fitting_one(tiny, tmp_path, mo
         with pytest.raises(UserError, match=message):
             train_trades.main([*auto, *more.split()])
     checkpoint = common.read_checkpoint("narrow/last.pt")
+    other = [{**line, "natural_risk": 2 * line["natural_risk"]} for line in checkpoint["log"]]
+    torch.save({**checkpoint, "log": other}, "narrow/last.pt")  # another run under the same name
+    with pytest.raises(UserError, match="run holds another run .reference_hash"):
+        train_trades.main([*tiny, "--width", "2", "--beta", "auto", "--reference", "narrow", "--seed", "2"])
     torch.save({**checkpoint, "log": checkpoint["log"][:1]}, "narrow/last.pt")
     with pytest.raises(UserError, match="unfinished: 1 of 2 epochs"):
         train_trades.main([*auto, "--reference", "narrow"])
