@@ -90,7 +90,7 @@ def reference_log(args, data):
     checkpoint = common.read_checkpoint(Path(args.reference) / "last.pt")
     settings, log = {**checkpoint["args"]}, checkpoint["log"]
     free = {"arch", "depth", "width", "init", "beta", "seed", "precision", "reference", "reference_hash",
-            *common.MAY_CHANGE}
+            "extra_data", *common.MAY_CHANGE}
     here = {**vars(args), "data": data.hash}
     differing = [f"--{name.replace('_', '-')} {settings.get(name)} there, {here.get(name)} here"
                  for name in {**settings, **here}
@@ -156,6 +156,7 @@ def main(argv):
     add("--no-norm-decay", action="store_true", help="no weight decay on BatchNorm's parameters")
     add("--ema", type=number(0, 1), metavar="DECAY", help="monitor, test and save an average of the weights, "
         "of this decay per step, such as 0.995")
+    parser.set_defaults(may_change=["extra_data"])  # the data's hash has what the file holds
     args, device = common.start(parser, argv)
     data = common.load_data(args.dataset, args.data_dir, device, args.train_size, args.seed, args.val_size)
     if args.extra_data:

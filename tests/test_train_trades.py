@@ -64,6 +64,8 @@ def test_training_with_extra_data(tiny, extra, tmp_path):
     train_trades.main([*tiny, *extra, "--nesterov", "--epochs", "1"])
     checkpoint = common.read_checkpoint(tmp_path / "run" / "last.pt")
     assert checkpoint["optimizer"]["param_groups"][0]["nesterov"] is True
+    moved = (tmp_path / "extra.npz").rename(tmp_path / "moved.npz")  # the same run
+    train_trades.main([*tiny, "--extra-data", str(moved), "--nesterov", "--epochs", "1"])
     np.savez(tmp_path / "extra.npz", image=X[::-1], label=Y)
     with pytest.raises(UserError, match="data .* there, .* here"):  # another file of the same name
         train_trades.main([*tiny, *extra, "--nesterov", "--epochs", "1"])
