@@ -244,7 +244,7 @@ def new_ratio(table, seeds):
     verdict = "void" if (at_8 > 0.7).any() else " and ".join(words) or "undecided"
     print("ratio {:.2f} [{:.2f}, {:.2f}]; halves of its log's interval:".format(*np.exp([mean, low, high])),
           f"Student {own:.2f}, propagated {error:.2f}; training risk of width 4 at λ = 8: {at_8.round(2)}")
-    missing = sorted({1, 2, 3} - set(seeds))
+    missing = sorted(set(range(1, 4 if max(seeds, default=1) < 4 else 6)) - set(seeds))
     print(f"seeds {missing} are missing: no verdict; so far:" if missing else "verdict:", verdict)
 
 
