@@ -436,6 +436,7 @@ NETWORKS = {"wrn": WideResNet, "densenet": DenseNet, "preact": PreActResNet}
 def build_model(args, data, device):
     """The network of --arch, --depth, --width and --activation, on the device, with --init's weights."""
     model = NETWORKS[args.arch](args.depth, args.width, data.classes, args.activation)
+    model.activation = args.activation
     if not all(parameter.numel() for parameter in model.parameters()):
         raise UserError(f"--width {args.width} leaves a layer without channels")
     if args.init and not (args.out and Path(args.out, "last.pt").exists()):  # a run that goes on has its own
@@ -719,6 +720,8 @@ class Attack:
     restarts: int = 1            # of `evaluate`: a point is stable if its prediction survives all of them
 
     def __post_init__(self):
+        if self.norm not in ("linf", "l2") or self.start not in ("uniform", "gaussian", "none"):
+            raise ValueError(f"no such norm or start: {self.norm!r}, {self.start!r}")
         if self.loss == "autoattack" or self.eps == 0:
             return
         anywhere, several = self.start == "uniform", self.steps > 1
@@ -952,15 +955,13 @@ def monitor(model, data, args, epoch):
     if epoch % args.eval_every and epoch != args.epochs or not_finite(model.state_dict()):
         return dict.fromkeys(METRICS)
     x, y = (data.x_val, data.y_val) if args.val_size else data.test(args.eval_size)
-    attack = report_attack(args.eps, getattr(args, "norm", "linf"), 0.007)
-    return evaluate(model, in_order(x, y, args.batch_size), attack)
+    return evaluate(model, in_order(x, y, args.batch_size), report_attack(args.eps, args.norm, 0.007))
 
 
 def report(model, data, args):
     """For metrics.json: `evaluate` on --test-size images, Lipschitzness of 1,000 (ℓ2: in ℓ∞, ε = 0.031)."""
-    (x, y), norm = data.test(args.test_size), getattr(args, "norm", "linf")
-    attack = report_attack(args.eps, norm)
-    ball = attack if norm == "linf" else report_attack(0.031)
+    (x, y), attack = data.test(args.test_size), report_attack(args.eps, args.norm)
+    ball = attack if args.norm == "linf" else report_attack(0.031)
     say(f"testing on {len(x):,} images with {attack.title()}")
     some = (x, y) if len(x) <= 1000 else data.test(1000)
     return {**evaluate(model, in_order(x, y, args.batch_size), attack),
@@ -1093,7 +1094,7 @@ class Run:
     def record(self, images=0, /, **scalars):
         """Note a step's numbers, scalars on the device, read back in `end_epoch`; and show progress."""
         for name, scalar in scalars.items():
-            self.recorded.setdefault(name, []).append(torch.as_tensor(scalar).detach())
+            self.recorded.setdefault(name, []).append(torch.as_tensor(scalar).detach().clone())
         now = time.perf_counter()
         if not self.clock:  # speed is that of all steps but an epoch's first, in which code may be compiled
             self.clock = self.shown = now
@@ -1117,6 +1118,8 @@ class Run:
                             f"--lr or --beta may help; {self.folder} keeps epoch {self.done or 'none'}")
         average_over_processes(means := [scalars.mean() for scalars in recorded.values()])
         means = {name: mean.item() for name, mean in zip(recorded, means)}
+        twice = means.keys() & {"epoch", "seconds", "images_per_second", "processes", *values}
+        assert not twice, f"logged twice: {twice}"
         seconds = time.perf_counter() - self.began
         line = {"epoch": self.epoch, **means, **values, "images_per_second": float(f"{self.rate:.4g}"),
                 "seconds": round(seconds, 2), **({"processes": WORLD} if WORLD > 1 else {})}
@@ -1435,7 +1438,7 @@ def training_parser(file, doc, quick=None, **defaults):
     add("--test-size", type=integer(), metavar="N", help="random test images in metrics.json; by default all")
     add("--quick", action="store_true", help="a first look: synthetic data, WRN-10-1, few epochs; "
         "options beside it win")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(norm="linf", **defaults)  # of the attacks; a script may say "l2"
     parser.quick = {"dataset": "synthetic", "epochs": 8, "train_size": 3000, "lr": 0.2,
                     "schedule": "one-cycle", "batch_size": 64, "steps": 2, "step_size": 0.016,
                     "eval_every": 4, "eval_size": 200, "compile": "off", **(quick or {})}
@@ -1456,5 +1459,6 @@ def start(parser, argv):
         beta = f"-beta{args.beta}".removesuffix(".0") if hasattr(args, "beta") else ""  # a fork may have none
         network = f"{args.arch}-{args.depth}-{args.width:g}"
         args.name = f"{args.method}-{args.dataset}-{network}{beta}-seed{args.seed}"
+        args.arch_from = NETWORKS[args.arch].__module__  # common, or a fork's own
     seed_everything(args.seed)
     return args, device

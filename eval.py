@@ -118,9 +118,10 @@ def load(path, args, device):
     run |= settings
     if args.weights:
         run["network"] = args.weights
-    if run["arch"] not in common.NETWORKS:
-        raise UserError(f"{file}: its network {run['arch']!r} is in no NETWORKS of common.py; README.md "
-                        "shows how to evaluate any module from Python")
+    if (run["arch"] not in common.NETWORKS or run["activation"] not in common.ACTIVATIONS
+            or run.get("arch_from", "common") != "common"):
+        raise UserError(f"{file}: its network {run['arch']!r} of {run['activation']} is none of common.py's; "
+                        "README.md shows how to evaluate any module from Python")
 
     dataset = args.dataset or settings.get("dataset", "cifar10")
     data = load_data(dataset, args.data_dir, device)

@@ -88,9 +88,9 @@ def reference_log(args, data):
     if not args.reference:
         return None
     checkpoint = common.read_checkpoint(Path(args.reference) / "last.pt")
-    settings, log = {**checkpoint["args"]}, checkpoint["log"]
+    settings, log = {"norm": "linf", **checkpoint["args"]}, checkpoint["log"]
     free = {"arch", "depth", "width", "init", "beta", "seed", "precision", "reference", "reference_hash",
-            "extra_data", *common.MAY_CHANGE}
+            "extra_data", "arch_from", *common.MAY_CHANGE}
     here = {**vars(args), "data": data.hash}
     differing = [f"--{name.replace('_', '-')} {settings.get(name)} there, {here.get(name)} here"
                  for name in {**settings, **here}
@@ -165,7 +165,7 @@ def main(argv):
     model = common.build_model(args, data, device)
     optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov, not args.no_norm_decay)
     eps, steps = (args.eps, args.steps) if args.beta else (0.0, 0)  # λ = 0: x̂ is x, also for BatchNorm
-    attack = Attack(eps=eps, step_size=args.step_size, steps=steps, start="gaussian")
+    attack = Attack(norm=args.norm, eps=eps, step_size=args.step_size, steps=steps, start="gaussian")
     tested, parts = model, {"model": model}
     if args.ema:
         warmup = 0.025 * args.epochs * max(len(data) // args.batch_size, 1)

@@ -946,9 +946,9 @@ def test_best_is_the_epoch_of_highest_monitored_robust_accuracy(tiny, tmp_path, 
 def test_a_fork_with_a_norm_is_monitored_and_reported_in_it():
     x, y = torch.randint(0, 256, (20, 3, 2, 2), dtype=torch.uint8), torch.randint(0, 3, (20,))
     data = common.Data(x, y, x, y, 3, "")
-    for settings, norm in ({}, "linf"), ({"norm": "l2"}, "l2"):
+    for norm in "linf", "l2":
         args = SimpleNamespace(eps=0.5, eval_every=1, epochs=1, val_size=0, eval_size=9, test_size=None,
-                               batch_size=10, precision="fp32", **settings)
+                               batch_size=10, precision="fp32", norm=norm)
         model = linear(12, 3)
         found = common.monitor(model, data, args, 1), common.report(model, data, args)
         assert [metrics["attack"]["norm"] for metrics in found] == [norm] * 2
@@ -1025,6 +1025,27 @@ def test_a_run_is_all_that_its_imports_import(tmp_path):
         (tmp_path / name).write_text(content)
     found = common.code_of(tmp_path / "train_mine.py")
     assert {*found} == {"common.py", *(name.replace("/", ".") for name in files)}
+
+
+def test_what_is_recorded_is_the_number_of_that_step_and_no_name_is_used_twice(tiny):
+    args, _ = common.start(common.training_parser(train_trades.__file__, ""), tiny[:6] + tiny[-6:])
+    run, number = common.Run(args, model=torch.nn.Linear(1, 1)), torch.tensor(1.0)
+    for _ in run.epochs():
+        for _ in range(2):
+            run.record(number=number)
+            number += 2
+        break
+    run.end_epoch()
+    assert run.log[0]["number"] == 2
+    run.record(natural_accuracy=0.5)
+    with pytest.raises(AssertionError, match="logged twice: .'natural_accuracy'"):
+        run.end_epoch(natural_accuracy=0.4)
+
+
+@pytest.mark.parametrize("wrong", [{"norm": "Linf"}, {"norm": "L2"}, {"start": "random"}])
+def test_an_attack_of_no_known_norm_or_start_is_an_error(wrong):
+    with pytest.raises(ValueError, match="no such norm or start"):
+        Attack(**wrong)
 
 
 def test_a_rank_left_in_the_environment_counts_for_nothing():

@@ -226,7 +226,7 @@ def test_the_average_is_what_is_tested(tiny, tmp_path):
     assert saved["model"]["n_averaged"] == 8  # 64 images, batches of 16, two epochs
     tested = common.NETWORKS["wrn"](10, 1, 10).to(memory_format=torch.channels_last)
     common.load_weights(tested, {"model": saved["model"]}, "average")
-    args = SimpleNamespace(test_size=8, eps=0.031, batch_size=16, precision="fp32", val_size=0)
+    args = SimpleNamespace(test_size=8, eps=0.031, batch_size=16, precision="fp32", val_size=0, norm="linf")
     reported = common.report(tested, common.load_data("tiny", tmp_path, torch.device("cpu")), args)
     assert common.read_json(tmp_path / "run" / "metrics.json")["last"] == {"epoch": 2, **reported}
 
