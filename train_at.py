@@ -45,7 +45,8 @@ def main(argv):
     data = common.load_data(args.dataset, args.data_dir, device, args.train_size, args.seed, args.val_size)
     model = common.build_model(args, data, device)
     optimizer = common.sgd(model, args.lr, args.weight_decay, args.nesterov)
-    attack = Attack(norm=args.norm, eps=args.eps, step_size=args.step_size, steps=args.steps, start="gaussian")
+    attack = Attack(norm=args.norm, eps=args.eps, step_size=args.step_size, steps=args.steps,
+                    start="gaussian")
     run = common.Run(args, data, model=model, optimizer=optimizer)
     common.set_execution(args, data.x_train, model)  # a resumed run keeps its precision
 

@@ -307,10 +307,11 @@ def test_the_network_is_the_one_that_the_settings_name(folder, monkeypatch):
     loaded, facts = load(folder, {"model": model.state_dict(), "args": named})
     assert_same_weights(loaded, model)
     assert named.items() <= facts.items()
-    with pytest.raises(UserError, match="its network 'mine' of relu is none of common.py's"):  # not guessed to be ours
+    with pytest.raises(UserError, match="its network 'mine' of relu is none of common.py's"):
         load(folder, {"model": fresh().state_dict(), "args": {**named, "arch": "mine"}})
     with pytest.raises(UserError, match="its network 'wrn' of relu is none of common.py's"):
-        load(folder, {"model": fresh().state_dict(), "args": {**named, "arch": "wrn", "arch_from": "__main__"}})
+        load(folder, {"model": fresh().state_dict(),
+                      "args": {**named, "arch": "wrn", "arch_from": "__main__"}})
 
 
 def test_a_run_folder_means_the_checkpoint_asked_for_and_a_file_itself(folder):
