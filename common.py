@@ -1111,7 +1111,9 @@ class Run:
         """Check and average what was recorded; log that and `values`; write the checkpoint."""
         recorded = {name: torch.stack(scalars).float() for name, scalars in self.recorded.items()}
         states = [part.state_dict() for part in self.parts.values() if isinstance(part, nn.Module)]
-        if bad := [name for tensors in (recorded, *states) for name in not_finite(tensors)]:
+        bad = [name for tensors in (recorded, *states) for name in not_finite(tensors)]
+        bad += [name for name, value in values.items() if value in (math.inf, -math.inf) or value != value]
+        if bad:
             fine = recorded.get(bad[0], torch.zeros(0)).isfinite().tolist()
             step = f", step {fine.index(False) + 1}" if fine else ""
             raise UserError(f"{bad[0].replace('_', ' ')} not finite in epoch {self.epoch}{step}; a smaller "

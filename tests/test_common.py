@@ -1037,6 +1037,8 @@ def test_what_is_recorded_is_the_number_of_that_step_and_no_name_is_used_twice(t
         break
     run.end_epoch()
     assert run.log[0]["number"] == 2
+    with pytest.raises(UserError, match="weight norm not finite"):
+        run.end_epoch(weight_norm=math.nan)
     run.record(natural_accuracy=0.5)
     with pytest.raises(AssertionError, match="logged twice: .'natural_accuracy'"):
         run.end_epoch(natural_accuracy=0.4)
