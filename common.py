@@ -838,12 +838,16 @@ def one_cycle(epoch, epochs, warmup=0.025):
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * away))
 
 
+def step(epoch, epochs, shares=(0.75, 0.9, 1)):
+    """A tenth at each share of the run: TRADES' epochs 75, 90, 100 of 100. The first has the base rate always."""
+    return 0.1 ** sum(epoch >= max(share * epochs, 2) for share in shares)
+
+
 SCHEDULES = {  # --schedule → factor of the base rate in epoch e of n, counted from 1 as the releases do
     # The paper's (App. C): 1, and from epoch 75 of 100 on halved every epoch: 0.5^(e - 74). A run of another
     # length turns at 3/4 of it and halves every 1/100 of it, but at most once an epoch.
     "exp-decay": lambda e, n: 0.5 ** max(0, 1 + math.floor((e - 0.75 * n) / max(0.01 * n, 1) + 1e-9)),
-    # TRADES: 75, 90 and 100 of 100. The first epoch has the base rate, were it the only one.
-    "step": lambda e, n: 0.1 ** sum(e >= max(share * n, 2) for share in (0.75, 0.9, 1)),
+    "step": step,
     "cosine": lambda e, n: 0.5 * (1 + math.cos(math.pi * ((e - 1) / n))),  # RST
     "one-cycle": one_cycle}
 

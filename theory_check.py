@@ -1,6 +1,6 @@
 """Lemma 4.2, measured: the input gradient of a deep ReLU network beside its bound O(√(mH)), width m, depth H.
 
-    python theory_check.py                                      # a table; 5 s of an AMD EPYC's core
+    python theory_check.py                                      # a table; 6 s of an Intel Xeon's core
     python theory_check.py --plot lemma.png --json lemma.json   # with the figure and every number
     python theory_check.py --eps 1 --radius 1                   # in a larger ball
 

@@ -82,7 +82,7 @@ def main(argv):
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     attack = Attack(norm=args.norm, eps=args.eps, step_size=args.step_size, steps=args.steps,
                     start="gaussian")
-    steps = {"step": lambda e, n: 0.1 ** sum(e >= max(share * n, 2) for share in (0.5, 0.75))}
+    steps = {"step": lambda epoch, epochs: common.step(epoch, epochs, (0.5, 0.75))}
     run = common.Run(args, data, model=model, optimizer=optimizer)
     common.set_execution(args, data.x_train, model)  # a resumed run keeps its precision
 
