@@ -283,6 +283,7 @@ def wilson(p, n, z=1.959964):
 
 COLUMNS = {"natural %": METRICS[0], "robust %": METRICS[1], "stability %": METRICS[2],
            "local Lipschitz": "local_lipschitzness"}
+OF_A_SEED = {"seed", "epoch", "hash", "reference_hash"}  # what runs of one experiment differ in
 
 
 def known_by(row):
@@ -296,8 +297,7 @@ def experiment(row, *free):
     run, how = row["run"], row.get("evaluation")
     if "seed" not in run or "unfinished" in run:  # published, or cut short: comparable to no other
         return json.dumps([row["path"], run, how], sort_keys=True)
-    own = {"seed", "epoch", "hash", "reference_hash", *free}  # of each seed
-    run = {name: value for name, value in run.items() if name not in own}
+    run = {name: value for name, value in run.items() if name not in {*OF_A_SEED, *free}}
     text = json.dumps([run, how], sort_keys=True)
     return re.sub(r"seed\d+(-[0-9a-f]{6})?", "seed", text)  # of --reference: each seed has its own
 
@@ -380,7 +380,7 @@ def table(rows):
     lines.insert(1, ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
     lines = [" | ".join(text.ljust(width) if i < 2 else text.rjust(width)
                         for i, (text, width) in enumerate(zip(line, widths))) for line in lines]
-    same = {"seed": 0, "epoch": 0, "hash": 0}
+    same = dict.fromkeys(OF_A_SEED)
     apart = [f"{one['path']} and {other['path']} are not averaged: "
              f"{common.differences({**one['run'], **same}, {**other['run'], **same})}"
              for group in grouped(rows, named) for one, other in zip(group, group[1:])]
