@@ -59,7 +59,7 @@ def main(argv):
             loss, natural_risk, robust_regularization = at_loss(model, x, x_adv, y, args.beta)
             optimizer.zero_grad()
             loss.backward()
-            common.synchronize(model)  # of torchrun's processes
+            common.synchronize(model)  # averages over torchrun's processes
             optimizer.step()
             run.record(len(x), natural_risk=natural_risk, robust_regularization=robust_regularization,
                        lipschitz=lipschitz.mean())

@@ -100,7 +100,7 @@ def main(argv):
             loss, natural_risk, robust_regularization = trades_loss(model, x, x_adv, y, args.beta)
             optimizer.zero_grad()
             loss.backward()
-            common.synchronize(model)  # of torchrun's processes
+            common.synchronize(model)  # averages over torchrun's processes
             optimizer.step()
             if epoch > args.warmup:
                 with torch.no_grad():

@@ -300,7 +300,7 @@ def main(argv):
             loss, parts = fast_at_loss(model, x, x_adv, y, args.beta)
             optimizer.zero_grad()
             loss.backward()
-            common.synchronize(model)  # of torchrun's processes
+            common.synchronize(model)  # averages over torchrun's processes
             optimizer.step()
             run.record(len(x), **parts, lipschitz=lipschitz.mean())
         metrics = common.evaluate(model, validation(phase, args.eval_size), monitor)

@@ -186,7 +186,7 @@ def main(argv):
                 model, x, x_adv, y, beta, args.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
-            common.synchronize(model)  # of torchrun's processes
+            common.synchronize(model)  # averages over torchrun's processes
             optimizer.step()
             if args.ema:
                 tested.update_parameters(model)
