@@ -24,6 +24,7 @@ import sysconfig
 import time
 import tokenize
 import warnings
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class UserError(Exception):
 
 @dataclass
 class Data:
-    """A data set on the device, and a hash of all its files hold."""
+    """A data set on the device, and a hash of all that its files hold."""
     x_train: torch.Tensor  # [N, 3, H, W] uint8
     y_train: torch.Tensor  # [N] int64
     x_test: torch.Tensor
@@ -55,15 +56,16 @@ class Data:
     hash: str
     x_val: torch.Tensor = None  # with --val-size: held out of the training images
     y_val: torch.Tensor = None
-    extra: int = 0              # so many of the training images, the last ones, are extra (--extra-data)
+    extra: int = 0              # this many training images, the last ones, are from --extra-data
 
     def __len__(self):
         return len(self.x_train) - self.extra
 
     def test(self, n=None):
         """(x, y) of n random test images, the same ones in every run. All of them in order if n is None."""
-        seeded = torch.Generator().manual_seed(0)
-        some = torch.randperm(len(self.x_test), generator=seeded)[:n] if n else slice(None)
+        if not n:
+            return self.x_test, self.y_test
+        some = torch.randperm(len(self.x_test), generator=torch.Generator().manual_seed(0))[:n]
         return self.x_test[some], self.y_test[some]
 
 
@@ -92,10 +94,11 @@ def load_data(name, data_dir, device, train_size=None, seed=0, val_size=0):
         raise UserError(f"{path}: labels must be 0..{len(labels) - 1}, each on some training image; "
                         f"that fails for {some_of(odd)}")
     n = len(x_train)
-    kept, order = train_size or n - val_size, np.arange(n)
+    kept = train_size or (n - val_size)
     if not 1 <= kept <= n - val_size:
         raise UserError(f"--train-size {train_size} and --val-size {val_size}: "
                         f"{path if path.exists() else name} has {n} training images")
+    order = np.arange(n)
     if train_size or val_size:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
     train, val = order[:kept], order[n - val_size:]
@@ -155,11 +158,12 @@ def _torchvision_cifar(name, npz):
         if RANK == 0:
             dataset(npz.parent, download=True)
         wait_for_all()
-        splits = [dataset(npz.parent, train=train, download=True) for train in (True, False)]
+        train = dataset(npz.parent, train=True, download=True)
+        test = dataset(npz.parent, train=False, download=True)
     except Exception as error:  # no network, no space, a broken archive, a torchvision of another PyTorch
         raise UserError(f"no {npz}, and torchvision neither found nor downloaded {name} in {npz.parent} "
                         f"({error}); --dataset synthetic needs no download") from None
-    return [array for split in splits for array in (split.data, np.array(split.targets))]
+    return train.data, np.array(train.targets), test.data, np.array(test.targets)
 
 
 def synthetic(n_train=5000, n_test=500, seed=0):
@@ -171,13 +175,15 @@ def synthetic(n_train=5000, n_test=500, seed=0):
     """
     rng = np.random.default_rng(seed)
     colours = np.stack(np.meshgrid(*[[0, 0.5, 1]] * 3), -1).reshape(27, 3)
-    colours = rng.permutation(colours[colours.sum(1) % 1 == 0][1:])[:10]      # [10, 3], 1 or more apart in ℓ1
+    colours = colours[colours.sum(1) % 1 == 0][1:]                           # 1 or more apart in ℓ1; no black
+    colours = rng.permutation(colours)[:10]                                  # [10, 3]
     textures = np.tile(rng.choice([-1, 1], (10, 2, 2, 3)), (8, 8, 1))        # a mirror image is a shifted one
 
     def split(n):
         y = rng.integers(0, 10, n)
         shown = np.where(rng.random(n) < 0.8, y, rng.integers(0, 10, n))      # the square's class
-        (top, left), pixel = rng.integers(2, 7, (2, n, 1)), np.arange(16)
+        top, left = rng.integers(2, 7, (2, n, 1))
+        pixel = np.arange(16)
         rows, columns = (pixel >= top) & (pixel < top + 8), (pixel >= left) & (pixel < left + 8)
         square = (rows[:, :, None] & columns[:, None, :])[..., None]
         x = 0.1 + rng.normal(0, 0.02, (n, 16, 16, 3)) + 0.03 * textures[y]
@@ -199,7 +205,7 @@ def crop_flip(images, top, left, flip, padding=4):
     """
     n, _, height, width = images.shape
     rows = top[:, None] + torch.arange(height, device=images.device)                          # [N, H]
-    columns = torch.arange(width, device=images.device).expand(n, width)
+    columns = torch.arange(width, device=images.device)
     columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)        # [N, W]
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)                          # [N, H+2p, W+2p, 3]
     index = torch.arange(n, device=images.device)[:, None, None]
@@ -211,24 +217,26 @@ def batches(data, batch_size, flip=True, extra_fraction=0.5):
 
     A crop's zero padding is an eighth of the side, rounded up: 4 at 32 pixels, as published.
     All batches have the same size: what is left over is dropped, other images each epoch. If there are extra
-    images, a share `extra_fraction` of each batch comes from these, and all come before one comes again. An
-    epoch is as many batches as the others alone make. Nothing here waits for the device.
+    images, they fill `extra_fraction` of each batch. Each comes once before one comes again. They make no
+    epoch longer: its number of batches is that of the other images alone. Nothing here waits for the device.
     """
-    n, device, extra = len(data), data.x_train.device, round(extra_fraction * batch_size) * bool(data.extra)
+    n, device = len(data), data.x_train.device
     steps = max(n // batch_size, 1)
+    extra = round(extra_fraction * batch_size) if data.extra else 0
+    padding = math.ceil(min(data.x_train.shape[2:]) / 8)
 
     def draw(n, share):  # [steps, share] numbers below n
-        share = min(share, n) if steps == 1 else share  # fewer images than a batch
+        share = min(share, n) if steps == 1 else share  # a batch may be larger than the whole data set
         orders = [shared_order(n, device) for _ in range(1 + steps * share // n)]
         return torch.cat(orders)[:steps * share].view(steps, share)
 
-    rows, padding = draw(n, batch_size - extra), math.ceil(min(data.x_train.shape[2:]) / 8)
+    rows = draw(n, batch_size - extra)
     if extra:
         rows = torch.cat([rows, n + draw(data.extra, extra)], 1)
     equal = rows.shape[1] // WORLD * WORLD
     for row in rows[:, RANK:equal:WORLD]:  # this process's share
         top, left = torch.randint(0, 2 * padding + 1, (2, len(row)), device=device)
-        flipped = torch.rand(len(row), device=device) < 0.5 * flip
+        flipped = torch.rand(len(row), device=device) < (0.5 if flip else 0)
         yield to_float(crop_flip(data.x_train[row], top, left, flipped, padding)), data.y_train[row]
 
 
@@ -258,11 +266,12 @@ class _Block(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.stride, self.projection = stride, shortcut if inputs != outputs else None
+        self.stride = stride
+        self.projection = shortcut if inputs != outputs else None  # the name of the module below
         self.raw = False  # True: the projection takes the block's input, not what BatchNorm makes of it
-        if self.projection:  # not strided: of few channels, oneDNN writes past its memory (its issue 6035)
+        if self.projection:  # unstrided: oneDNN's strided 1×1 of few channels overruns memory (issue 6035)
             conv = nn.Conv2d(inputs, outputs, 1, bias=False)
-            self.add_module(shortcut, nn.Sequential(conv) if shortcut == "shortcut" else conv)
+            self.add_module(shortcut, nn.Sequential(conv) if shortcut == "shortcut" else conv)  # shortcut.0
 
     def forward(self, x):
         out = self.act(self.bn1(x))
@@ -309,15 +318,9 @@ class _Transition(nn.Module):
         return F.avg_pool2d(self.conv1(self.act(self.bn1(x))), 2)
 
 
-class _Stage(nn.Module):
+def _stage(layers):
     """A sequence of layers by the name that the releases give it: block1.layer.0, ..."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.layer = layers
-
-    def forward(self, x):
-        return self.layer(x)
+    return nn.Sequential(OrderedDict(layer=layers))
 
 
 class Network(nn.Module):
@@ -358,9 +361,9 @@ class WideResNet(Network):
         n, how = _layers_per_stage(depth), (activation, "convShortcut")
         self.act = _after_norm(activation)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.block1 = _Stage(_blocks(n, 16, a, 1, *how))
-        self.block2 = _Stage(_blocks(n, a, b, 2, *how))
-        self.block3 = _Stage(_blocks(n, b, c, 2, *how))
+        self.block1 = _stage(_blocks(n, 16, a, 1, *how))
+        self.block2 = _stage(_blocks(n, a, b, 2, *how))
+        self.block3 = _stage(_blocks(n, b, c, 2, *how))
         self.bn1 = nn.BatchNorm2d(c)
         self.fc = nn.Linear(c, classes)
         self.initialize()
@@ -383,7 +386,7 @@ class DenseNet(Network):
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         for i in (1, 2, 3):
             layers = (_DenseLayer(channels + j * width, width, activation) for j in range(n))
-            self.add_module(f"block{i}", _Stage(nn.Sequential(*layers)))
+            self.add_module(f"block{i}", _stage(nn.Sequential(*layers)))
             channels += n * width
             if i < 3:
                 self.add_module(f"trans{i}", _Transition(channels, channels // 2, activation))
@@ -450,10 +453,11 @@ def build_model(args, data, device):
 
 def weight_sets(checkpoint, name="", depth=4):
     """{name: {parameter: tensor}} of the networks in a checkpoint; a bare state_dict has the name ""."""
-    items = checkpoint.items() if isinstance(checkpoint, dict) and depth else ()
-    state = {str(key): value for key, value in items if isinstance(value, torch.Tensor)}
+    if not isinstance(checkpoint, dict) or depth == 0:
+        return {}
+    state = {str(key): value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
     found = {name: state} if any(key.endswith("weight") for key in state) else {}
-    for key, value in items:
+    for key, value in checkpoint.items():
         found |= weight_sets(value, f"{name}.{key}".strip("."), depth - 1)
     return found
 
@@ -494,8 +498,10 @@ def load_weights(model, checkpoint, source, new_classifier=False):
     if activation and getattr(model, "activation", activation) != activation:
         raise UserError(f"{source} is of a network whose activation is {activation}: make this one with it")
     own = model.state_dict()
-    state = {name: value for name, value in (others | found).items() if name in own
-             or not name.startswith("sub_block1.") and not name.endswith("n_averaged")}  # unused, of TRADES
+    state = others | found
+    for name in state.keys() - own.keys():
+        if name.startswith("sub_block1.") or name.endswith("n_averaged"):  # TRADES' spare block; of --ema
+            del state[name]
     weight, bias = (f"{getattr(model, 'classifier', '')}.{part}" for part in ("weight", "bias"))
     if new_classifier and {weight, bias} <= state.keys() & own.keys():
         before, now = state[bias].numel(), own[bias].numel()
@@ -514,10 +520,11 @@ def load_weights(model, checkpoint, source, new_classifier=False):
 
 def sgd(model, lr, weight_decay, nesterov=False, decay_norms=True):
     """SGD with momentum 0.9; without `decay_norms`, BatchNorm's parameters are free of the weight decay."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    free = set() if decay_norms else {parameter for norm in norms for parameter in norm.parameters()}
+    norms = [] if decay_norms else [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    free = {parameter for norm in norms for parameter in norm.parameters()}
     groups = [{"params": [p for p in model.parameters() if p not in free]}]
-    groups += [{"params": [p for p in model.parameters() if p in free], "weight_decay": 0}] * bool(free)
+    if free:
+        groups.append({"params": [p for p in model.parameters() if p in free], "weight_decay": 0})
     return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 
@@ -528,9 +535,10 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        assert name.partition(":")[0] in ("cpu", "cuda"), "cpu and cuda are supported"
+        if name.partition(":")[0] not in ("cpu", "cuda"):
+            raise RuntimeError("cpu and cuda are supported")
         return torch.zeros(1, device=name).device  # runs a kernel: PyTorch may have none for an old GPU
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
@@ -546,16 +554,12 @@ def set_execution(args, images, *models):
     if args.precision == "bf16" and not aware:
         raise UserError(f"--precision bf16: {type(models[0]).__name__} knows fp32 alone, being no Network")
     if args.precision == "auto":
-        fast = aware and (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                          else bf16_is_faster(models[0], images))
-        args.precision = "bf16" if fast else "fp32"
-        if aware and not fast and device.type == "cuda":
-            warn("this GPU computes no bf16: fp32 is used, which takes several times as long")
+        args.precision = "bf16" if aware and bf16_is_faster(models[0], images) else "fp32"
     for part in aware:
         part.precision = args.precision
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     warnings.filterwarnings("ignore", message=".*(TensorFloat32|TF32)")  # advice that we must not take
-    compiled = device.type == "cuda" if args.compile == "auto" else args.compile == "on"
+    compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
     if compiled and (missing := missing_to_compile(device)):
         if args.compile == "on":
             raise UserError(f"--compile on: {missing}")
@@ -575,7 +579,7 @@ def missing_to_compile(device):
     if cuda and not torch.version.hip and torch.cuda.get_device_capability(device)[0] < 7:
         return "Triton needs a GPU of compute capability 7.0 or more"
     if cuda and not importlib.util.find_spec("triton"):
-        return f"Triton is missing; pip install triton{'-windows' * windows}"
+        return "Triton is missing; pip install " + ("triton-windows" if windows else "triton")
     if windows:  # triton-windows brings the rest
         return None
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
@@ -586,7 +590,13 @@ def missing_to_compile(device):
 
 
 def bf16_is_faster(model, images):
-    """Is an attack step sooner in bf16 than in fp32? Best of four, on images that take 0.1 s, at most 128."""
+    """Is bf16 faster? A GPU has it or not; on a CPU: best of four attack steps on images that take 0.1 s."""
+    if images.device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not native:
+            warn("this GPU computes no bf16: fp32 is used, which takes several times as long")
+        return native
+
     def seconds(precision, n):
         with temporarily(model.modules(), "precision", precision):
             began = time.perf_counter()
@@ -607,7 +617,8 @@ def bf16_is_faster(model, images):
 @contextlib.contextmanager
 def temporarily(objects, name, value):
     """Inside, `name` is `value` on all the objects that have it. Afterwards it is as found."""
-    found = [(thing, getattr(thing, name)) for thing in objects if getattr(thing, name, value) != value]
+    found = [(thing, getattr(thing, name)) for thing in objects
+             if hasattr(thing, name) and getattr(thing, name) != value]
     try:
         for thing, _ in found:
             setattr(thing, name, value)
@@ -653,7 +664,8 @@ def connect(args, device):
         return device
     if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         raise UserError(f"WORLD_SIZE is set, but not {some_of(missing)}: start with torchrun, or unset it")
-    if any(size % WORLD for size in getattr(args, "batch_sizes", [getattr(args, "batch_size", WORLD)])):
+    sizes = getattr(args, "batch_sizes", None) or [getattr(args, "batch_size", 0)]  # Fast AT's has phases
+    if any(size % WORLD for size in sizes):
         raise UserError(f"a batch must be a multiple of the {WORLD} processes that share it")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -669,11 +681,10 @@ def seed_everything(seed, epoch=0):
 
     In epoch 0, where weights are drawn, they are the same in all processes, and in `shared_order` always.
     """
-    shared, own = (int(np.random.SeedSequence((seed, epoch, process)).generate_state(1)[0])
-                   for process in (WORLD, RANK if epoch else 0))
-    SHARED.manual_seed(shared)
-    for seeded in torch.manual_seed, np.random.seed, random.seed:  # a fork may draw from any
-        seeded(own)
+    seeds = [int(np.random.SeedSequence((seed, epoch, i)).generate_state(1)[0]) for i in range(WORLD + 1)]
+    SHARED.manual_seed(seeds[WORLD])  # each process has one, all share the last
+    for set_seed in torch.manual_seed, np.random.seed, random.seed:  # a fork may draw from any
+        set_seed(seeds[RANK if epoch else 0])
 
 
 def shared_order(n, device):
@@ -724,10 +735,12 @@ class Attack:
             raise ValueError(f"no such norm or start: {self.norm!r}, {self.start!r}")
         if self.loss == "autoattack" or self.eps == 0:
             return
-        anywhere, several = self.start == "uniform", self.steps > 1
-        reach = self.steps * self.step_size  # must get to the far side of the ball, or from x to its edge
-        way = self.eps * (1.9 if anywhere and several else 1)
-        longest = self.eps * (2 if anywhere and not several else 1)
+        reach = self.steps * self.step_size
+        way, longest = self.eps, self.eps  # from x to the edge of the ball
+        if self.start == "uniform" and self.steps > 1:
+            way = 1.9 * self.eps           # from one side of the ball to the other
+        elif self.start == "uniform":
+            longest = 2 * self.eps         # Fast AT's single step is 1.25·ε
         if reach < way * (1 - 1e-9):
             warn(f"{self.title()}, is too short for its ball: its steps reach {reach:.3g} of {way:.3g}; "
                  "give it more or longer ones, or its robust accuracy flatters")
@@ -736,13 +749,15 @@ class Attack:
 
     def title(self):
         """Such as "PGD-20, ε = 0.031, step 0.003", "CW-20×5 l2, ε = 0.5, step 0.2" or "FGSM, ε = 8/255"."""
-        fgsm = self.steps == 1 and self.step_size >= self.eps and self.loss != "autoattack"
         name = {"cross-entropy": "PGD", "kl": "PGD", "margin": "CW"}.get(self.loss, self.loss)
-        name = "FGSM" if fgsm else "AutoAttack" if name == "autoattack" else f"{name}-{self.steps}"
-        name += f"×{self.restarts}" * (self.restarts > 1) + " l2" * (self.norm == "l2")
-        step = f", step {pixels(self.step_size, self.norm)}"
-        whole = fgsm and self.step_size == self.eps or name.startswith("AutoAttack")
-        return f"{name}, ε = {pixels(self.eps, self.norm)}{'' if whole else step}"
+        name, step = f"{name}-{self.steps}", f", step {pixels(self.step_size, self.norm)}"
+        if self.loss == "autoattack":  # it chooses its steps itself
+            name, step = "AutoAttack", ""
+        elif self.steps == 1 and self.step_size >= self.eps:
+            name, step = "FGSM", (step if self.step_size > self.eps else "")
+        restarts = f"×{self.restarts}" if self.restarts > 1 else ""
+        norm = " l2" if self.norm == "l2" else ""
+        return f"{name}{restarts}{norm}, ε = {pixels(self.eps, self.norm)}{step}"
 
 
 def pixels(value, norm="linf"):
@@ -824,7 +839,9 @@ def pgd(model, x, loss, attack):
                     gradient = gradient / torch.where(top > 0, top, 1)
                     ascent = gradient / gradient.flatten(1).norm(dim=1).clamp(min=1)[:, None, None, None]
                 x_adv = project(x_adv + attack.step_size * ascent, x, attack.eps, attack.norm)
-    return (x_adv if attack.steps else project(x_adv, x, attack.eps, attack.norm)), largest
+    if attack.steps == 0:  # the start may lie outside, and no step has brought it back
+        x_adv = project(x_adv, x, attack.eps, attack.norm)
+    return x_adv, largest
 
 
 # -------------------------------------------------------------------------------------------------- schedules
@@ -833,19 +850,21 @@ def one_cycle(epoch, epochs, warmup=0.025):
     """From 1/25 to 1 over the warm-up, then to 4e-6 in the last epoch, along cosines (Wang et al. 2023)."""
     if epochs == 1:
         return 1.0
-    peak, low = warmup * epochs, 0.04 if epoch < warmup * epochs else 4e-6
-    away = 1 - (epoch - 1) / (peak - 1) if epoch < peak else (epoch - peak) / max(epochs - peak, 1e-9)
+    peak = warmup * epochs
+    low, away = 4e-6, (epoch - peak) / max(epochs - peak, 1e-9)
+    if epoch < peak:
+        low, away = 1 / 25, 1 - (epoch - 1) / (peak - 1)
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * away))
 
 
 def step(epoch, epochs, shares=(0.75, 0.9, 1)):
-    """A tenth at each share of the run: TRADES' epochs 75, 90, 100 of 100. The first has the base rate always."""
+    """A tenth at each share of the run: TRADES' epochs 75, 90, 100 of 100. Epoch 1 has the base rate."""
     return 0.1 ** sum(epoch >= max(share * epochs, 2) for share in shares)
 
 
 SCHEDULES = {  # --schedule → factor of the base rate in epoch e of n, counted from 1 as the releases do
     # The paper's (App. C): 1, and from epoch 75 of 100 on halved every epoch: 0.5^(e - 74). A run of another
-    # length turns at 3/4 of it and halves every 1/100 of it, but at most once an epoch.
+    # length turns at 3/4 of it and halves every 1/100 of it, but at most once an epoch. 1e-9 undoes rounding.
     "exp-decay": lambda e, n: 0.5 ** max(0, 1 + math.floor((e - 0.75 * n) / max(0.01 * n, 1) + 1e-9)),
     "step": step,
     "cosine": lambda e, n: 0.5 * (1 + math.cos(math.pi * ((e - 1) / n))),  # RST
@@ -866,7 +885,7 @@ def logits_of(model, x, first=0):
         logits = model(x)
     fine = logits.isfinite().all(1)
     if not fine.all():
-        raise UserError(f"the network's output for image {first + fine.int().argmin().item()} is not finite: "
+        raise UserError(f"the network's output for image {first + fine.tolist().index(False)} is not finite: "
                         "this is no classification (in training a smaller --lr may help)")
     return logits
 
@@ -892,17 +911,18 @@ def predictions(model, stream, attack):
     for i, (x, y) in enumerate(stream):
         size = max(size, len(x))
         check_images(x, attack.norm)
-        smaller = [model] if len(x) < size else []  # which compiled code is not for
-        with temporarily(smaller, "_compiled_call_impl", None):
+        uncompiled = [model] if len(x) < size else []  # compiled code is for batches of one size
+        with temporarily(uncompiled, "_compiled_call_impl", None):
             natural = adversarial = logits_of(model, x, n).argmax(1)
-            gradient = torch.zeros(len(x), device=x.device)
+            largest = torch.zeros(len(x), device=x.device)  # norm of the gradients met
             for restart in range(attack.restarts):
                 with fixed_seed(10 ** 6 * restart + i, x.device):
-                    x_adv, norm = pgd(model, x, LOSSES[attack.loss](y), attack)
-                again, gradient = logits_of(model, x_adv, n).argmax(1), torch.maximum(gradient, norm)
+                    x_adv, lipschitz = pgd(model, x, LOSSES[attack.loss](y), attack)
+                largest = torch.maximum(largest, lipschitz)
+                again = logits_of(model, x_adv, n).argmax(1)
                 adversarial = torch.where(adversarial == natural, again, adversarial)
         found.append((y, natural, adversarial))
-        unmoved += ((gradient == 0) & (adversarial == natural)).sum().item()
+        unmoved += ((largest == 0) & (adversarial == natural)).sum().item()
         n += len(x)
         show(f"{attack.title()}: {n:,} images")
     if attack.eps and attack.steps and unmoved > max(0.01 * n, 1):
@@ -913,9 +933,10 @@ def predictions(model, stream, attack):
 
 def three_metrics(y, natural, adversarial):
     """The paper's metrics (Section 3), fractions of N, from labels y and predictions f(x), f(x̂) [N]."""
-    n, correct, stable = len(y), natural == y, adversarial == natural
-    counts = correct.sum().item(), (correct & stable).sum().item(), stable.sum().item()
-    return {"n": n, **{name: count / n for name, count in zip(METRICS, counts)}}
+    correct = natural == y
+    stable = adversarial == natural
+    shares = [hits.sum().item() / len(y) for hits in (correct, correct & stable, stable)]
+    return {"n": len(y), **dict(zip(METRICS, shares))}
 
 
 def evaluate(model, stream, attack):
@@ -932,14 +953,15 @@ def local_lipschitzness(model, stream, attack, starts=3):
     largest, size = [], 0
     for i, (x, _) in enumerate(stream):
         size = max(size, len(x))
-        smaller = [model] if len(x) < size else []
-        with exact_precision(model), temporarily(smaller, "_compiled_call_impl", None):
+        uncompiled = [model] if len(x) < size else []  # as in `predictions`
+        with exact_precision(model), temporarily(uncompiled, "_compiled_call_impl", None):
             clean, best = logits_of(model, x), torch.zeros(len(x), device=x.device)
             for start in range(starts):
                 with fixed_seed(10 ** 6 * start + i, x.device):
                     x_adv, _ = pgd(model, x, lambda logits: (logits - clean).abs().sum(), attack)
-                rise, distance = (logits_of(model, x_adv) - clean).abs().sum(1), (x_adv - x).abs().flatten(1)
-                best = torch.maximum(best, (rise / distance.amax(1)).nan_to_num(nan=0, posinf=0))
+                rise = (logits_of(model, x_adv) - clean).abs().sum(1)
+                distance = (x_adv - x).abs().amax((1, 2, 3))
+                best = torch.maximum(best, (rise / distance).nan_to_num(nan=0, posinf=0))  # 0 where x̂ = x
         largest.append(best)
     return torch.cat(largest).mean().item()
 
@@ -956,7 +978,8 @@ def monitor(model, data, args, epoch):
     In the ball of args.eps and args.norm, which is ℓ∞ unless a script says otherwise.
     Nones where --eval-every skips an epoch, or where training has diverged, which `end_epoch` says.
     """
-    if epoch % args.eval_every and epoch != args.epochs or not_finite(model.state_dict()):
+    skipped = epoch % args.eval_every != 0 and epoch != args.epochs
+    if skipped or not_finite(model.state_dict()):
         return dict.fromkeys(METRICS)
     x, y = (data.x_val, data.y_val) if args.val_size else data.test(args.eval_size)
     return evaluate(model, in_order(x, y, args.batch_size), report_attack(args.eps, args.norm, 0.007))
@@ -964,13 +987,13 @@ def monitor(model, data, args, epoch):
 
 def report(model, data, args):
     """For metrics.json: `evaluate` on --test-size images, Lipschitzness of 1,000 (ℓ2: in ℓ∞, ε = 0.031)."""
-    (x, y), attack = data.test(args.test_size), report_attack(args.eps, args.norm)
+    x, y = data.test(args.test_size)
+    attack = report_attack(args.eps, args.norm)
     ball = attack if args.norm == "linf" else report_attack(0.031)
     say(f"testing on {len(x):,} images with {attack.title()}")
-    some = (x, y) if len(x) <= 1000 else data.test(1000)
-    return {**evaluate(model, in_order(x, y, args.batch_size), attack),
-            "local_lipschitzness": local_lipschitzness(model, in_order(*some, args.batch_size), ball)
-            if ball.eps else None,
+    metrics = evaluate(model, in_order(x, y, args.batch_size), attack)
+    some = in_order(*(data.test(1000) if len(x) > 1000 else (x, y)), args.batch_size)
+    return {**metrics, "local_lipschitzness": local_lipschitzness(model, some, ball) if ball.eps else None,
             "precision": args.precision, "best_chosen_on": "validation" if args.val_size else "test"}
 
 
@@ -1019,7 +1042,8 @@ class Run:
 
     def __init__(self, args, data=None, /, **parts):
         assert not {"epoch", "log", "args", "image_size", "precision"} & parts.keys(), "Run's own names"
-        self.args, self.parts, self.images = args, parts, len(data) if data else 0
+        self.args, self.parts = args, parts
+        self.images = len(data) if data else 0
         self.size = [*data.x_train.shape[1:]] if hasattr(data, "x_train") else None
         files = code_of(Path(args.script))
         self.settings = self._settings(files, data.hash if data else None)
@@ -1027,7 +1051,7 @@ class Run:
         self.folder = Path(args.out or f"runs/{args.name}-{digest}")
         self.lock = None if RANK else lock(self.folder)
         found = [name for name in ("last.pt", "best.pt", "metrics.json") if (self.folder / name).exists()]
-        if found and found[0] != "last.pt":
+        if found and "last.pt" not in found:
             raise UserError(f"{self.folder} holds {found[0]} without last.pt; choose another --out")
         if found:
             state = read_checkpoint(self.folder / "last.pt")
@@ -1065,20 +1089,23 @@ class Run:
         """Before anything is written: refuse what is a stranger's, and parts that could not be read back."""
         stored = self.folder / "args.json"
         ours = stored.exists() and read_json(stored) == self.settings  # it ended in its first epoch
-        for path in (self.folder / name for name in (*files, "args.json", "log.jsonl")):
-            if RANK == 0 and path.exists() and not ours:
-                raise UserError(f"{path} is there and would be replaced; choose another --out")
+        if RANK == 0 and not ours:
+            for path in (self.folder / name for name in (*files, "args.json", "log.jsonl")):
+                if path.exists():
+                    raise UserError(f"{path} is there and would be replaced; choose another --out")
         self._check_parts()
         if not self.args.out and not ours:
-            others = self.folder.parent.glob(f"{self.args.name}-??????/args.json")
-            for newest in sorted(others, key=os.path.getmtime)[-1:]:
-                differing = differences(read_json(newest), self.settings)
-                say(f"{newest.parent} holds another run ({differing}): this one goes to {self.folder}")
+            pattern = f"{self.args.name}-??????/args.json"
+            others = sorted(self.folder.parent.glob(pattern), key=os.path.getmtime)
+            if others:
+                differing = differences(read_json(others[-1]), self.settings)
+                say(f"{others[-1].parent} holds another run ({differing}): this one goes to {self.folder}")
 
     def _check_parts(self):
         """UserError if a part's state is more than what a checkpoint gives back."""
         for name, part in self.parts.items():
-            torch.save(part.state_dict(), content := io.BytesIO())
+            content = io.BytesIO()
+            torch.save(part.state_dict(), content)
             try:
                 torch.load(io.BytesIO(content.getvalue()), weights_only=True)
             except pickle.UnpicklingError:
@@ -1100,14 +1127,15 @@ class Run:
         for name, scalar in scalars.items():
             self.recorded.setdefault(name, []).append(torch.as_tensor(scalar).detach().clone())
         now = time.perf_counter()
-        if not self.clock:  # speed is that of all steps but an epoch's first, in which code may be compiled
+        if not self.clock:  # an epoch's first step may compile code, so speed is measured from its end on
             self.clock = self.shown = now
-            self.rate = images * WORLD / max(now - self.began, 1e-9)  # were it the only one
+            self.rate = images * WORLD / max(now - self.began, 1e-9)  # in case that no other step comes
             return
         self.seen += images * WORLD
         self.rate = self.seen / max(now - self.clock, 1e-9)
         if images and now - self.shown > 1:
-            self.shown, left = now, self.images * (self.args.epochs - self.epoch + 1) - self.seen
+            self.shown = now
+            left = self.images * (self.args.epochs - self.epoch + 1) - self.seen
             show(f"epoch {self.epoch}/{self.args.epochs}  {self.seen:,} of {self.images:,} images  "
                  f"{self.rate:.4g} images/s  {duration(max(left, 0) / self.rate)} left")
 
@@ -1118,21 +1146,25 @@ class Run:
         bad = [name for tensors in (recorded, *states) for name in not_finite(tensors)]
         bad += [name for name, value in values.items() if value in (math.inf, -math.inf) or value != value]
         if bad:
-            fine = recorded.get(bad[0], torch.zeros(0)).isfinite().tolist()
-            step = f", step {fine.index(False) + 1}" if fine else ""
+            step = ""
+            if bad[0] in recorded:
+                step = f", step {recorded[bad[0]].isfinite().tolist().index(False) + 1}"
             raise UserError(f"{bad[0].replace('_', ' ')} not finite in epoch {self.epoch}{step}; a smaller "
                             f"--lr or --beta may help; {self.folder} keeps epoch {self.done or 'none'}")
-        average_over_processes(means := [scalars.mean() for scalars in recorded.values()])
-        means = {name: mean.item() for name, mean in zip(recorded, means)}
+        means = {name: scalars.mean() for name, scalars in recorded.items()}
+        average_over_processes([*means.values()])  # in place
+        means = {name: mean.item() for name, mean in means.items()}
         twice = means.keys() & {"epoch", "seconds", "images_per_second", "processes", *values}
         assert not twice, f"logged twice: {twice}"
         seconds = time.perf_counter() - self.began
         line = {"epoch": self.epoch, **means, **values, "images_per_second": float(f"{self.rate:.4g}"),
-                "seconds": round(seconds, 2), **({"processes": WORLD} if WORLD > 1 else {})}
+                "seconds": round(seconds, 2)}
+        line |= {"processes": WORLD} if WORLD > 1 else {}
         self.log.append(json.loads(json.dumps(line)))  # what is no JSON fails before anything is written
-        if len(self.log) == 1:  # some have a state only now
+        if len(self.log) == 1:  # once more: an optimizer has no momentum before its first step
             self._check_parts()
-        content, self.done = io.BytesIO(), self.epoch
+        self.done = self.epoch
+        content = io.BytesIO()
         torch.save({**{name: part.state_dict() for name, part in self.parts.items()}, "epoch": self.epoch,
                     "log": self.log, "args": self.settings, "image_size": self.size,
                     "precision": getattr(self.args, "precision", None)}, content)
@@ -1157,10 +1189,10 @@ class Run:
         A finished run is not tested again, unless with another `attack` than the file has.
         """
         wait_for_all()  # for the first process to have written
-        path, tested = self.folder / "metrics.json", {}
-        found = read_json(path) if path.exists() else None
-        if not found or attack and found["last"]["attack"] != asdict(attack):
-            found = {}
+        path = self.folder / "metrics.json"
+        found = read_json(path) if path.exists() else {}
+        if not found or (attack and found["last"]["attack"] != asdict(attack)):
+            found, tested = {}, {}
             for file in filter(Path.exists, (self.folder / "last.pt", self.folder / "best.pt")):
                 state = read_checkpoint(file)
                 if state["epoch"] not in tested:
@@ -1170,8 +1202,8 @@ class Run:
             if found:
                 write_json(path, found)
         for name, metrics in found.items():
-            attack = f"{Attack(**metrics['attack']).title()}: " if "attack" in metrics else ""
-            say(f"{self.folder / name}.pt, epoch {metrics['epoch']}, {attack}{describe(metrics)}")
+            title = f"{Attack(**metrics['attack']).title()}: " if "attack" in metrics else ""
+            say(f"{self.folder / name}.pt, epoch {metrics['epoch']}, {title}{describe(metrics)}")
 
 
 def differences(before, now):
@@ -1183,13 +1215,14 @@ def differences(before, now):
 
 def code_text(content):
     """Python code, bytes, as text without comments, docstrings and empty lines; the same in every Python."""
-    encoding, before = tokenize.detect_encoding(io.BytesIO(content).readline)[0], tokenize.NEWLINE
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+    before = tokenize.NEWLINE  # the type of the last token that is code
     lines = io.TextIOWrapper(io.BytesIO(content), encoding).readlines()
     for token in tokenize.tokenize(io.BytesIO(content).readline):
         (first, start), (last, end) = token.start, token.end
         begins = before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-        if (token.type == tokenize.COMMENT
-                or token.type == tokenize.STRING and begins and not lines[last - 1][end:].strip()):
+        docstring = token.type == tokenize.STRING and begins and not lines[last - 1][end:].strip()
+        if token.type == tokenize.COMMENT or docstring:  # emptied, not removed: positions stay what they are
             lines[first - 1:last] = [lines[first - 1][:start] + "\n"] + ["\n"] * (last - first)
         if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
             before = token.type
@@ -1202,16 +1235,16 @@ def code_of(script):
     home, folder = (path.parent for path in waiting)
     for path in waiting:  # which grows
         base = next((base for base in (folder, home) if path.is_relative_to(base)), path.parent)
-        content = found[".".join(path.relative_to(base).parts)] = path.read_bytes()
+        content = path.read_bytes()
+        found[".".join(path.relative_to(base).parts)] = content
         for node in ast.walk(ast.parse(content)):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                module, names = getattr(node, "module", None), [alias.name for alias in node.names]
-                names = [module, *(f"{module}.{name}" for name in names)] if module else names
-                above = path.parents[max(getattr(node, "level", 0), 1) - 1]  # of from ..losses import
-                for name, base in itertools.product(names, (folder, home, above)):
-                    parts = name.split(".")
+                package = f"{node.module}." if getattr(node, "module", None) else ""
+                above = path.parents[max(getattr(node, "level", 0), 1) - 1]  # for `from ..losses import a`
+                for alias, root in itertools.product(node.names, (folder, home, above)):
+                    parts = f"{package}{alias.name}".split(".")
                     for depth in range(1, len(parts) + 1):  # a package's __init__.py runs, too
-                        part = base.joinpath(*parts[:depth])
+                        part = root.joinpath(*parts[:depth])
                         waiting += [file for file in (part.with_suffix(".py"), part / "__init__.py")
                                     if file.is_file() and file not in waiting]
     return found
@@ -1335,7 +1368,7 @@ def launch(main):
             raise
         message, status = f"error: a smaller --batch-size may help: {str(error).splitlines()[0]}", 2
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python still flushes as it ends
         sys.exit(1)
     except KeyboardInterrupt as error:
         message, status = f"interrupted; {str(error) or 'the same command goes on where it was'}", 130
@@ -1379,16 +1412,17 @@ class Parser(argparse.ArgumentParser):
 def ratio(text):
     """A float, or a ratio of two such as 8/255."""
     numerator, _, denominator = text.partition("/")
-    return float(numerator) / (float(denominator or 1) or math.nan)
+    numerator, denominator = float(numerator), float(denominator or 1)
+    return numerator / denominator if denominator else math.nan  # which is in no range
 
 
 def number(low=0.0, high=1e9, above=False, kind=ratio):
     """An argparse type: a number, or a ratio such as 8/255, from `low` (or above it) to `high`."""
     def number(text):
         value = kind(text)
-        if not low <= value <= high or above and value == low:
+        if not low <= value <= high or (above and value == low):
             limit = f"{'above' if above else 'at least'} {low:g} and at most {high:g}"
-            meant = f"; {text}/255?" if 1 == high < value < 256 else ""
+            meant = f"; {text}/255?" if high == 1 and 1 < value < 256 else ""
             raise argparse.ArgumentTypeError(f"{text!r} must be {limit}{meant}")
         return value
     return number  # whose name argparse gives when the text is no number at all

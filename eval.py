@@ -12,9 +12,9 @@ A PATH is a run folder, a checkpoint of ours or a published one, robustbench:NAM
 or a file that --json wrote. A published network is known by the names of its parameters: those of TRADES,
 MART, AWP, RST and Fast AT (WideResNet, PreActResNet). The last command has HE, Pretrain and RST of Fig. 6.
 
-natural accuracy P[f(x)=y]; robust accuracy P[f(x)=f(x̂)=y]; stability P[f(x)=f(x̂)]. x̂ is the last iterate of
-an attack, the worst over --restarts. AutoAttack attacks f(x) in place of y, and so counts what is stable. Of
-several attacks a last row has the worst, image by image. Local Lipschitzness is over the ℓ∞ ball.
+natural accuracy P[f(x)=y]; robust accuracy P[f(x)=f(x̂)=y]; stability P[f(x)=f(x̂)]. x̂ is the last iterate
+of an attack, the worst over --restarts. AutoAttack attacks f(x) in place of y, and so counts what is stable.
+Of several attacks a last row has the worst, image by image. Local Lipschitzness is over the ℓ∞ ball.
 
 Runs that differ in their seed alone are one line of a table, their mean. ± or [low, high] is a 95 % interval:
 over images for one run (Wilson), over seeds for three or more (Student). Two seeds have none.
@@ -78,8 +78,10 @@ def arguments(argv):
         if args.norm != "l2" and (value or 0) > 1:
             parser.error(f"{option} {value:g}: pixels are in [0, 1]; {value:g}/255? or --norm l2")
     args.attack = [*dict.fromkeys(args.attack)]
-    args.paths = [path for pattern in args.paths for path in  # where no shell has expanded it
-                  (not os.path.exists(pattern) and sorted(glob.glob(pattern))) or [pattern]]
+    given, args.paths = args.paths, []
+    for path in given:  # the shells of Windows expand no *
+        matches = [] if os.path.exists(path) else sorted(glob.glob(path))
+        args.paths += matches or [path]
     return args
 
 
@@ -230,27 +232,29 @@ def evaluate(path, args, device):
         lipschitzness = {"local_lipschitzness": common.local_lipschitzness(
             model, common.in_order(*some, args.batch_size), ball)}
     chance = data.y_test.bincount().max() / len(data.y_test)
-    records, found = [attack_of(name, args, norm, eps) for name in args.attack], []
-    for record in records + [records] * (len(records) > 1):
+    attacks, found = [attack_of(name, args, norm, eps) for name in args.attack], []
+    for attack in [*attacks, "worst"] if len(attacks) > 1 else attacks:
         precision = how.precision
-        if record is records:  # a point is stable if its prediction survives all of them
+        if attack == "worst":  # a point is stable if its prediction survives all of them
             adversarial = functools.reduce(lambda one, other: torch.where(one == natural, other, one), found)
-        elif record.loss == "autoattack":
-            (natural, adversarial), precision = autoattack(model, x, record, args), "fp32"
+        elif attack.loss == "autoattack":
+            natural, adversarial = autoattack(model, x, attack, args)
+            precision = "fp32"
         else:
             stream = common.in_order(x, y, args.batch_size)
-            _, natural, adversarial = common.predictions(model, stream, record)
+            _, natural, adversarial = common.predictions(model, stream, attack)
         found.append(adversarial)
         results = common.three_metrics(y, natural, adversarial)
-        if len(found) == 1 and wilson(results["natural_accuracy"], len(y))[0] <= chance:
+        n = results.pop("n")
+        intervals = {f"{name}_ci": wilson(results[name], n) for name in METRICS}
+        if len(found) == 1 and intervals["natural_accuracy_ci"][0] <= chance:
             common.warn(f"{path}: natural accuracy is no better than chance; was it trained on other pixels "
                         "(try --normalize), another data set, or another order of the classes?")
         yield {"path": path, "run": run,
                "evaluation": {"dataset": args.dataset or run.get("dataset", "cifar10"), "data": data.hash,
-                              "attack": [*map(asdict, records)] if record is records else asdict(record),
-                              "precision": precision, "n": results.pop("n"), "lipschitz_n": few},
-               "results": {**results, **{f"{name}_ci": wilson(results[name], len(y)) for name in METRICS},
-                           **lipschitzness}}
+                              "attack": [*map(asdict, attacks)] if attack == "worst" else asdict(attack),
+                              "precision": precision, "n": n, "lipschitz_n": few},
+               "results": {**results, **intervals, **lipschitzness}}
 
 
 def autoattack(model, x, attack, args):
@@ -326,7 +330,8 @@ def average(rows):
             seeds[seed] = row
         n, runs, row = len(seeds), [*seeds.values()], {**group[0], "shown": {}, "seeds": seeds}
         for name in COLUMNS.values() & row["results"].keys():
-            scale, values = 100 if name in METRICS else 1, [run["results"][name] for run in runs]
+            values = [run["results"][name] for run in runs]
+            scale = 100 if name in METRICS else 1
             low = high = mean = statistics.mean(values)
             if n > 2:
                 half = common.student(n) * statistics.stdev(values) / math.sqrt(n)
@@ -377,14 +382,15 @@ def table(rows):
         lines.append([row["path"], weights.replace("best", f"best on {on} images"),
                       *(cell(*shown[name]) if name in shown else "" for name in COLUMNS.values())])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
-    lines = [" | ".join(text.ljust(width) if i < 2 else text.rjust(width)
-                        for i, (text, width) in enumerate(zip(line, widths))) for line in lines]
-    same = dict.fromkeys(OF_A_SEED)
-    apart = [f"{one['path']} and {other['path']} are not averaged: "
-             f"{common.differences({**one['run'], **same}, {**other['run'], **same})}"
-             for group in grouped(rows, named) for one, other in zip(group, group[1:])]
-    return "\n".join([evaluated(rows[0]), "", *(f"| {line} |" for line in lines), "", *apart])
+    sides = "<<" + ">" * len(COLUMNS)  # words stand on the left, numbers on the right
+    lines.insert(1, ["-" * (width - 1) + ("-" if side == "<" else ":") for width, side in zip(widths, sides)])
+    padded = [[f"{text:{side}{width}}" for text, side, width in zip(line, sides, widths)] for line in lines]
+    apart, same = [], dict.fromkeys(OF_A_SEED)  # None in both: no difference
+    for group in grouped(rows, named):
+        for one, other in zip(group, group[1:]):
+            differing = common.differences({**one["run"], **same}, {**other["run"], **same})
+            apart.append(f"{one['path']} and {other['path']} are not averaged: {differing}")
+    return "\n".join([evaluated(rows[0]), "", *(f"| {' | '.join(line)} |" for line in padded), "", *apart])
 
 
 def named(row):
@@ -435,9 +441,10 @@ def bars(rows):
 def curves(lines, title, **axis):
     """A figure of panels, two in a row. A line is (its panel, its label, x, y, {more of its look})."""
     from matplotlib.figure import Figure
-    names, labels = ([*dict.fromkeys(line[i] for line in lines)] for i in (0, 1))
+    names = [*dict.fromkeys(line[0] for line in lines)]  # each once, in order
+    labels = [*dict.fromkeys(line[1] for line in lines)]
     figure, handles = Figure((7, 1 + 1.3 * len(names)), layout="constrained"), {}
-    panels = dict(zip(names, figure.subplots(-(-len(names) // 2), 2, squeeze=False).flat))
+    panels = dict(zip(names, figure.subplots(math.ceil(len(names) / 2), 2, squeeze=False).flat))
     for name, label, x, y, look in lines:
         handle, = panels[name].plot(x, y, color=f"C{labels.index(label)}", markersize=3, **look)
         handles.setdefault(label, handle)
@@ -463,7 +470,8 @@ def sweep(rows, axis, per):
     for header, name in COLUMNS.items():
         for i, line in enumerate(grouped(rows, lambda row: row["run"].get(per))):
             line = sorted(line, key=lambda row: row["run"][axis])
-            label, scale = f"{words[per]} = {line[0]['run'].get(per)}", 100 if name in METRICS else 1
+            label = f"{words[per]} = {line[0]['run'].get(per)}"
+            scale = 100 if name in METRICS else 1
             dots = [(row["run"][axis], scale * one["results"].get(name, math.nan), seed)
                     for row in line for seed, one in row["seeds"].items()]
             x = [row["run"][axis] for row in line]
@@ -471,7 +479,7 @@ def sweep(rows, axis, per):
             lines.append((header, label, *np.transpose(dots)[:2], {"ls": "", "marker": "o"}))
             if axis == "beta" and name == "robust_accuracy" and len(x) > 3:
                 tops = [best([dot[:2] for dot in dots if dot[2] == seed]) for seed in line[0]["seeds"]]
-                low = min(dot[1] for row in rows for dot in dots)
+                low = min(dot[1] for dot in dots)
                 lines.append((header, label, [min(tops), max(tops)], [low - 1 - i] * 2, {"lw": 4}))
     return curves(lines, evaluated(rows[0]), xlabel=words[axis], xscale="log", xticks=ticks,
                   xticklabels=[f"{tick:g}" for tick in ticks])
@@ -489,7 +497,8 @@ def by_epoch(logs):
     lines = []
     for run, log in ((row["run"], row["log"]) for row in logs):
         risks = [name for name in log[0] if name.endswith(("_risk", "_regularization"))]
-        for name in risks + ["beta"] * (run.get("beta") == "auto"):
+        adjusted = ["beta"] if run.get("beta") == "auto" else []
+        for name in risks + adjusted:
             lines.append((f"{name.replace('_', ' ')}, λ = {run.get('beta')}", f"width {run.get('width')}",
                           [entry["epoch"] for entry in log], [entry[name] for entry in log], {}))
     return curves(lines, run.get("dataset"), xlabel="epoch")
@@ -506,12 +515,12 @@ def main(argv):
         import matplotlib  # noqa: F401
         Path(args.plot).mkdir(parents=True, exist_ok=True)
     jsons = [path for path in args.paths if path.endswith(".json")]
-    others = [path for path in args.paths if path not in jsons and "none" not in args.attack]
+    others = [] if "none" in args.attack else [path for path in args.paths if path not in jsons]
     if args.json and Path(args.json).is_file() and args.json not in jsons:
         jsons.append(args.json)
     try:
         rows = {known_by(row): row for path in jsons for row in common.read_json(path)}
-        grouped(average(rows.values()), evaluated)
+        grouped(average(rows.values()), evaluated)  # for its errors, before anything runs
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"not all of {', '.join(jsons)} are results as eval.py --json writes them") from None
 

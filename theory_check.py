@@ -172,8 +172,10 @@ def summary(norms, sweeps, name):
         value, error = growth(norms, sweeps[axis], axis, name, 0)
         key, low, high = f"exponent_{letter.lower()}", value - error, value + error
         found |= {key: value, f"{key}_ci": [low, high]}
-        said += (f" slower than √{letter}," if high < 0.5 else f" faster than √{letter}," if low > 0.5 else
-                 f" consistent with √{letter}," if low > 0 else f" undecided in {letter},")  # √ or none
+        said += (f" slower than √{letter}," if high < 0.5 else
+                 f" faster than √{letter}," if low > 0.5 else
+                 f" consistent with √{letter}," if low > 0 else
+                 f" undecided in {letter},")  # the interval has both 0 and 0.5
     sizes = [{"m": size[0], "depth": size[1], "initial, trained": norm.tolist()}
              for (other, *size), norm in norms.items() if other == name]
     return {**found, "verdict": said[:-1], "norms": sizes}
@@ -233,7 +235,7 @@ def main(argv):
     if common.WORLD > 1:
         raise UserError("theory_check.py is one process: start it without torchrun, or unset WORLD_SIZE")
     generator = torch.Generator(common.pick_device(args.device)).manual_seed(0)
-    middle_m, middle_depth = (sizes[(len(sizes) - 1) // 2] for sizes in (args.widths, args.depths))
+    middle_m, middle_depth = (values[(len(values) - 1) // 2] for values in (args.widths, args.depths))
     sweeps = [(m, middle_depth) for m in args.widths], [(middle_m, depth) for depth in args.depths]
     sizes = [*dict.fromkeys(sweeps[0] + sweeps[1])]
     norms = {(name, *size): measure(name, *size, args, generator) for name in NETWORKS for size in sizes}

@@ -50,7 +50,7 @@ def weight_perturbation(model, weights, x, x_adv, y, beta, gamma):
     BatchNorm normalizes with the batch, as in the update. Its running statistics are afterwards as before. A
     tensor whose gradient is 0 is not perturbed. Nothing here waits for the device.
     """
-    buffers = list(model.buffers())  # put back below: the pass itself is the update's, one graph to compile
+    buffers = list(model.buffers())  # which this pass moves: it is the update's, compiled once for both
     found = [buffer.clone() for buffer in buffers]
     loss, _, _ = trades_loss(model, x, x_adv, y, beta)
     gradients = torch.autograd.grad(loss, weights)
@@ -82,12 +82,12 @@ def main(argv):
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     attack = Attack(norm=args.norm, eps=args.eps, step_size=args.step_size, steps=args.steps,
                     start="gaussian")
-    steps = {"step": lambda epoch, epochs: common.step(epoch, epochs, (0.5, 0.75))}
+    schedules = {**common.SCHEDULES, "step": lambda e, n: common.step(e, n, (0.5, 0.75))}
     run = common.Run(args, data, model=model, optimizer=optimizer)
     common.set_execution(args, data.x_train, model)  # a resumed run keeps its precision
 
     for epoch in run.epochs():
-        lr = args.lr * {**common.SCHEDULES, **steps}[args.schedule](epoch, args.epochs)
+        lr = args.lr * schedules[args.schedule](epoch, args.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
         for x, y in common.batches(data, args.batch_size, not args.no_flip):

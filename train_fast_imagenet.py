@@ -16,8 +16,8 @@ App. D: natural risk + β·mean max(L(x̂) - L(x), 0).
 In training the attack sees the network in train mode, as in Wong et al. In the first steps BatchNorm's
 running averages lag far behind the weights, and gradients in eval mode explode. Validation is in eval mode.
 
-Worker processes read the images, 310, 190 and 210 a CPU second in phases 1, 2 and 3 (ImageNet images whose short
-side is 224, Intel Xeon).
+Worker processes read the images, 310, 190 and 210 a CPU second in phases 1, 2 and 3 (ImageNet images whose
+short side is 224, Intel Xeon).
 """
 import os
 import re
@@ -113,8 +113,8 @@ def batches(images, phase, order, args, device, seed=()):
     In training, with the seed (--seed, epoch), a crop has 8-100 % of the area anywhere, at an aspect ratio of
     3/4 to 4/3, and is mirrored half the time. Else it is the middle, for which a smaller image is enlarged.
     """
-    random = [v2.RandomResizedCrop(phase.crop), v2.RandomHorizontalFlip()]
-    images.transform = v2.Compose([*(random if seed else [v2.CenterCrop(phase.crop)]), v2.PILToTensor()])
+    crop = v2.RandomResizedCrop(phase.crop) if seed else v2.CenterCrop(phase.crop)
+    images.transform = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if seed else 0), v2.PILToTensor()])
     images.loader = partial(read, side=phase.short_side, least=0 if seed else phase.crop)
     images.seed = seed
     loader = DataLoader(images, batch_sampler=[row.tolist() for row in order],
@@ -145,9 +145,10 @@ class Folders(ImageFolder):
 
     def is_image(self, path):
         name = os.path.basename(path).lower()
-        image = name.endswith((*IMG_EXTENSIONS, ".jfif"))
-        self.left_out += [path] * (not image and name[0] != ".")
-        return image and name[0] != "."
+        image, hidden = name.endswith((*IMG_EXTENSIONS, ".jfif")), name.startswith(".")
+        if not image and not hidden:
+            self.left_out.append(path)
+        return image and not hidden
 
     def __getitem__(self, i):
         """(crop, label). The crop follows from seed, epoch and i, whatever process makes it."""
@@ -173,7 +174,7 @@ def load(args):
         raise UserError(f"{error}; DIR must hold train/ and val/, each a folder per class") from None
     if odd := {*train.classes} ^ {*val.classes}:
         notes = root / "val" / "val_annotations.txt"  # Tiny-ImageNet's, whose val/ has one folder for all
-        sort = f"; sort val/ into a folder per class, as {notes} says" * notes.exists()
+        sort = f"; sort val/ into a folder per class, as {notes} says" if notes.exists() else ""
         raise UserError(f"{root}: only one of train/ and val/ has {', '.join(sorted(odd)[:5])}{sort}")
     names = [path.removeprefix(str(root)) for path, _ in train.samples + val.samples]
     train.hash = common.hashed(os.fsencode("\n".join(names)))
@@ -229,9 +230,11 @@ def evaluation_attack(steps, eps, restarts=1):
 
 def top5_accuracy(model, stream):
     """Share of the images whose label is among the five largest logits."""
+    right = []
     with common.attack_mode(model), common.exact_precision(model), torch.no_grad():
-        logits = ((model.forward(x), y) for x, y in stream)  # never compiled: the last batch may be smaller
-        right = [(z.topk(min(5, z.shape[1])).indices == y[:, None]).any(1) for z, y in logits]
+        for x, y in stream:
+            logits = model.forward(x)  # never compiled: the last batch may be smaller
+            right.append((logits.topk(min(5, logits.shape[1])).indices == y[:, None]).any(1))
     return torch.cat(right).double().mean().item()
 
 
@@ -313,11 +316,11 @@ def main(argv):
 
     def test():
         say(f"testing with {report.title()}")
-        few = min(1000, args.test_size or 1000)
-        return {**common.evaluate(model, validation(phases[-1], args.test_size), report),
-                "natural_top5_accuracy": top5_accuracy(model, validation(phases[-1], args.test_size)),
-                "local_lipschitzness": common.local_lipschitzness(model, validation(phases[-1], few), report)
-                if report.eps else None,
+        metrics = common.evaluate(model, validation(phases[-1], args.test_size), report)
+        top5 = top5_accuracy(model, validation(phases[-1], args.test_size))
+        few = validation(phases[-1], min(1000, args.test_size or 1000))
+        lipschitz = common.local_lipschitzness(model, few, report) if report.eps else None
+        return {**metrics, "natural_top5_accuracy": top5, "local_lipschitzness": lipschitz,
                 "precision": args.precision}
 
     torch.compiler.reset()  # room again: attacks in float32 come

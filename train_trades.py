@@ -77,8 +77,9 @@ def adjusted_beta(log, reference):
     ours, theirs = log[-1], reference[len(log) - 1]
     if min(ours[name] for name in RISKS) <= 0:  # no ratio to adjust by
         return ours["beta"]
-    ratios = [line[RISKS[0]] / line[RISKS[1]] for line in (ours, theirs)]
-    return min(max(ours["beta"] * math.sqrt(ratios[1] / ratios[0]), smallest), 10 * smallest)
+    our_ratio, their_ratio = (line[RISKS[0]] / line[RISKS[1]] for line in (ours, theirs))
+    beta = ours["beta"] * math.sqrt(their_ratio / our_ratio)
+    return min(max(beta, smallest), 10 * smallest)
 
 
 def reference_log(args, data):
@@ -133,8 +134,9 @@ class WeightAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model):  # PyTorch's sends n_averaged to the device, and waits for it
-        t = int(self.n_averaged) + 1 - self.warmup
-        keep = min(self.decay, (1 + t) / (10 + t)) if self.n_averaged and t >= 0 else 0
+        done = int(self.n_averaged)
+        t = done + 1 - self.warmup
+        keep = min(self.decay, (1 + t) / (10 + t)) if done > 0 and t >= 0 else 0  # 0: the network's weights
         torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], 1 - keep)
         torch._foreach_copy_([*self.module.buffers()], [*model.buffers()])
         self.n_averaged += 1
@@ -172,7 +174,7 @@ def main(argv):
         tested = WeightAverage(model, args.ema, warmup)
         parts = {"model": tested, "raw_model": model}
     run = common.Run(args, data, **parts, optimizer=optimizer)
-    common.set_execution(args, data.x_train, *{model, tested})  # a resumed run keeps its precision
+    common.set_execution(args, data.x_train, *parts.values())  # a resumed run keeps its precision
 
     for epoch in run.epochs():
         beta = adjusted_beta(run.log, reference) if reference else args.beta

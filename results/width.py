@@ -187,7 +187,8 @@ def secondary(table, lambdas):
     seeds = range(natural.shape[1])
     if (np.diff(stable) > 0).all():  # else λ of a stability is not one number
         times = np.array([beside(stable[0, s], x, stable[1, s], x).mean() for s in seeds])
-        print("as stable as width 1, width 4 needs λ times {:.2f} [{:.2f}, {:.2f}]".format(*ratio([0, times])))
+        print("as stable as width 1, width 4 needs λ times",
+              "{:.2f} [{:.2f}, {:.2f}]".format(*ratio([0, times])))
     ranks = [values.ravel().argsort().argsort() for values in (stable, table["Lipschitz"])]
     print(f"Spearman of stability and Lipschitzness, {ranks[0].size} runs: {np.corrcoef(ranks)[0, 1]:.3f}")
     log, mean = np.log(table["Lipschitz"].mean(1)), stable.mean(1)
@@ -269,7 +270,7 @@ def main():
     main = [row for row in rows if row["run"]["precision"] == "bf16"]
     last, best = ([row for row in main if row["run"]["weights"] == which] for which in ("last", "best"))
     table, seeds = arrays(last, NEW)
-    print(f"\n== 500 training images: fitting.json, of commit 76dca61; {len(last)} runs, whole seeds: {seeds}")
+    print(f"\n== 500 training images: fitting.json, commit 76dca61; {len(last)} runs, whole seeds: {seeds}")
     for row in rows if len(seeds) < 3 or len(rows) > len(main) else []:
         show(row)
     for which, some in ("last epoch", last), ("best epoch", best):
