@@ -155,6 +155,16 @@ def differences(table, lambdas):
               f"above 0 in {(change > 0).sum()} of {change.size} pairs")
 
 
+def like_pairs(rows):
+    """Mean differences of those pairs that one machine made, in one precision and convolution."""
+    table = {(row["run"]["seed"], row["run"]["beta"], row["run"]["width"]): row for row in rows}
+    pairs = [(table[seed, beta, 1], table[seed, beta, 4]) for seed, beta, width in table if width == 1]
+    like = [[values_of(row) for row in pair] for pair in pairs if pair[0]["made"] == pair[1]["made"]]
+    print(f"{len(like)} of {len(pairs)} pairs are made alike:",
+          *(f"{name} {np.mean([four[name] - one[name] for one, four in like]):+.2f}"
+            for name in ("natural", "robust", "stability")))
+
+
 def old_ratio(robust):
     """Every analysis of the ratio. The sweep's own rule was the first one."""
     lambdas, x = np.array(OLD), np.log(OLD)
@@ -262,6 +272,7 @@ def main():
         row["training"] = {key: values[-1] for key, values in logs[row["path"].rpartition("/")[2]].items()}
     table, _ = arrays(rows, OLD)
     differences(table, OLD)
+    like_pairs(rows)
     old_ratio(table["robust"])
     secondary(table, OLD)
     old_others(table, logs)
