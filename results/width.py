@@ -165,6 +165,16 @@ def like_pairs(rows):
             for name in ("natural", "robust", "stability")))
 
 
+def mix(table):
+    """The difference in stability, in parts: of right images more are moved than of wrong ones."""
+    natural, robust, stable = [*table.values()][:3]
+    right, wrong = 100 * robust / natural, 100 * (stable - robust) / (100 - natural)  # those that stay
+    for what, part in (("more right images", np.diff(natural, axis=0) * (right - wrong).mean(0) / 100),
+                       ("right images that stay", np.diff(right, axis=0) * natural.mean(0) / 100),
+                       ("wrong ones that stay", np.diff(wrong, axis=0) * (1 - natural.mean(0) / 100))):
+        print("difference in stability by {}: {:+.1f} ±{:.1f}".format(what, *over_seeds(part[0].mean(1))))
+
+
 def old_ratio(robust):
     """Every analysis of the ratio. The sweep's own rule was the first one."""
     lambdas, x = np.array(OLD), np.log(OLD)
@@ -210,11 +220,6 @@ def secondary(table, lambdas):
         changes = zip(*over_seeds((values[..., -1] - values[..., 0]).T))
         print(f"{name} from the first λ to the last:", *(f"{m:+.1f} ±{half:.1f}" for m, half in changes))
     print("stability rises at", (np.diff(stable) > 0).sum(), f"of {np.diff(stable).size} steps of λ")
-    right, wrong = 100 * robust / natural, 100 * (stable - robust) / (100 - natural)  # those that stay
-    for what, part in (("more right images", np.diff(natural, axis=0) * (right - wrong).mean(0) / 100),
-                       ("right images that stay", np.diff(right, axis=0) * natural.mean(0) / 100),
-                       ("wrong ones that stay", np.diff(wrong, axis=0) * (1 - natural.mean(0) / 100))):
-        print("difference in stability by {}: {:+.1f} ±{:.1f}".format(what, *over_seeds(part[0].mean(1))))
 
 
 def old_others(table, logs):
@@ -275,6 +280,7 @@ def main():
     like_pairs(rows)
     old_ratio(table["robust"])
     secondary(table, OLD)
+    mix(table)
     old_others(table, logs)
 
     rows = read("fitting.json")
@@ -288,7 +294,9 @@ def main():
         done = [beta for beta in NEW if arrays(some, [beta])[1][:3] == [1, 2, 3]]
         if done:
             print(f"{which}, λ of which seeds 1 to 3 are finished:")
-            differences(arrays([row for row in some if row["run"]["seed"] < 4], done)[0], done)
+            part, _ = arrays([row for row in some if row["run"]["seed"] < 4], done)
+            differences(part, done)
+            mix(part)
     if seeds:
         three = [seed for seed in seeds if seed < 4]
         if new_ratio({name: values[:, :len(three)] for name, values in table.items()}, three) == "undecided":
