@@ -165,9 +165,16 @@ def like_pairs(rows):
             for name in ("natural", "robust", "stability")))
 
 
-def mix(table):
-    """The difference in stability, in parts: of right images more are moved than of wrong ones."""
+def by_width(what, change):
+    """A change [widths 1 and 4, seed], each width's mean."""
+    print(f"{what}, widths 1 and 4:", *(f"{mean:+.2f} ±{half:.2f}" for mean, half in zip(*over_seeds(change.T))))
+
+
+def within(table):
+    """What a larger λ does at each width, and the difference in stability in parts."""
     natural, robust, stable = [*table.values()][:3]
+    for name, values in ("stability", stable), ("natural", natural), ("robust", robust):
+        by_width(f"{name} from the first λ to the last", values[..., -1] - values[..., 0])
     right, wrong = 100 * robust / natural, 100 * (stable - robust) / (100 - natural)  # those that stay
     for what, part in (("more right images", np.diff(natural, axis=0) * (right - wrong).mean(0) / 100),
                        ("right images that stay", np.diff(right, axis=0) * natural.mean(0) / 100),
@@ -216,9 +223,6 @@ def secondary(table, lambdas):
     print("difference in stability at equal Lipschitzness (of means):", *np.sort(gap).round(1))
     gain = [beside(natural[0, s], robust[0, s], natural[1, s], robust[1, s]).mean() for s in seeds]
     print("difference in robust accuracy at equal natural accuracy, by seed:", *np.round(gain, 1))
-    for name, values in ("stability", stable), ("natural", natural):
-        changes = zip(*over_seeds((values[..., -1] - values[..., 0]).T))
-        print(f"{name} from the first λ to the last:", *(f"{m:+.1f} ±{half:.1f}" for m, half in changes))
     print("stability rises at", (np.diff(stable) > 0).sum(), f"of {np.diff(stable).size} steps of λ")
 
 
@@ -280,7 +284,7 @@ def main():
     like_pairs(rows)
     old_ratio(table["robust"])
     secondary(table, OLD)
-    mix(table)
+    within(table)
     old_others(table, logs)
 
     rows = read("fitting.json")
@@ -290,22 +294,22 @@ def main():
     print(f"\n== 500 training images: fitting.json, commit 76dca61; {len(last)} runs, whole seeds: {seeds}")
     for row in rows if len(seeds) < 3 or len(rows) > len(main) else []:
         show(row)
-    for which, some in ("last epoch", last), ("best epoch", best):
-        done = [beta for beta in NEW if arrays(some, [beta])[1][:3] == [1, 2, 3]]
-        if done:
-            print(f"{which}, λ of which seeds 1 to 3 are finished:")
-            part, _ = arrays([row for row in some if row["run"]["seed"] < 4], done)
+    chosen = seeds if len(seeds) > 2 else [1, 2, 3]
+    done = [beta for beta in NEW if all({*chosen} <= {*arrays(some, [beta])[1]} for some in (last, best))]
+    if done:
+        at_last, at_best = (arrays([row for row in some if row["run"]["seed"] in chosen], done)[0]
+                            for some in (last, best))
+        for which, part in ("last", at_last), ("best", at_best):
+            print(f"{which} epoch, seeds {chosen}:")
             differences(part, done)
-            mix(part)
+            within(part)
+        for name in "natural", "robust", "stability":
+            by_width(f"last − best epoch, {name}", (at_last[name] - at_best[name]).mean(2))
     if seeds:
         three = [seed for seed in seeds if seed < 4]
         if new_ratio({name: values[:, :len(three)] for name, values in table.items()}, three) == "undecided":
             new_ratio(table, seeds)
         secondary(table, NEW)
-        early, both = arrays(best, NEW)
-        for name in ("natural", "robust", "stability") if both == seeds else ():
-            change = zip(*over_seeds((table[name] - early[name]).mean(2).T))
-            print(f"last − best epoch, {name}:", *(f"{mean:+.2f} ±{half:.2f}" for mean, half in change))
 
 
 if __name__ == "__main__":
