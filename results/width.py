@@ -303,8 +303,10 @@ def main():
             print(f"{which} epoch, seeds {chosen}:")
             differences(part, done)
             within(part)
-        for name in "natural", "robust", "stability":
-            by_width(f"last − best epoch, {name}", (at_last[name] - at_best[name]).mean(2))
+        for name in "natural", "robust", "stability", "Lipschitz":
+            change = (at_last[name] - at_best[name]).mean(2)
+            by_width(f"last − best epoch, {name}", change)
+            print("    ... 4 − 1: {:+.2f} ±{:.2f}".format(*over_seeds(change[1] - change[0])))
     if seeds:
         three = [seed for seed in seeds if seed < 4]
         if new_ratio({name: values[:, :len(three)] for name, values in table.items()}, three) == "undecided":
