@@ -288,11 +288,11 @@ def main():
     old_others(table, logs)
 
     rows = read("fitting.json")
-    main = [row for row in rows if row["run"]["precision"] == "bf16"]
-    last, best = ([row for row in main if row["run"]["weights"] == which] for which in ("last", "best"))
+    bf16 = [row for row in rows if row["run"]["precision"] == "bf16"]
+    last, best = ([row for row in bf16 if row["run"]["weights"] == which] for which in ("last", "best"))
     table, seeds = arrays(last, NEW)
     print(f"\n== 500 training images: fitting.json, commit 76dca61; {len(last)} runs, whole seeds: {seeds}")
-    for row in rows if len(seeds) < 3 or len(rows) > len(main) else []:
+    for row in rows if len(seeds) < 3 or len(rows) > len(bf16) else []:
         show(row)
     chosen = seeds if len(seeds) > 2 else [1, 2, 3]
     done = [beta for beta in NEW if all({*chosen} <= {*arrays(some, [beta])[1]} for some in (last, best))]
@@ -309,7 +309,8 @@ def main():
             print("    ... 4 − 1: {:+.2f} ±{:.2f}".format(*over_seeds(change[1] - change[0])))
     if seeds:
         three = [seed for seed in seeds if seed < 4]
-        if new_ratio({name: values[:, :len(three)] for name, values in table.items()}, three) == "undecided":
+        first = new_ratio({name: values[:, :len(three)] for name, values in table.items()}, three)
+        if first == "undecided" and len(seeds) > 3:
             new_ratio(table, seeds)
         secondary(table, NEW)
 
